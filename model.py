@@ -1,0 +1,218 @@
+"""The networks of section 4.1 and the likelihoods p(x | z_q).
+
+    x [B, 32, 32, 3] -> Encoder -> z_e [B, 8, 8, N, D] -> quantize -> z_q -> Decoder -> outputs
+
+    encoder   two 4x4 convolutions of stride 2, two residual blocks, a 1x1 convolution to N x D
+    decoder   the mirror: two residual blocks, two 4x4 transposed convolutions of stride 2
+    likelihood   outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
+
+The letters are those of quantize.py; `outputs` holds what the likelihood asks for at each pixel.
+Parameters are float32; `dtype` is that of the activations.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import quantize
+
+
+class Down(nn.Module):
+    """4x4 convolution of stride 2: [B, H, W, C] -> [B, H/2, W/2, features].
+
+    Same kernel and result as nn.Conv(features, (4, 4), (2, 2)), computed as a 2x2 convolution over
+    blocks of 2x2 pixels: the stride is what a CPU is slow at.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        B, H, W, C = x.shape
+        kernel, bias = conv_parameters(self, C)
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        x = x.reshape(B, H // 2 + 1, 2, W // 2 + 1, 2, C).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(B, H // 2 + 1, W // 2 + 1, 4 * C)  # [B, H/2 + 1, W/2 + 1, 4C]
+        kernel = kernel.reshape(2, 2, 2, 2, C, -1).transpose(0, 2, 1, 3, 4, 5)
+        return conv(x, kernel.reshape(2, 2, 4 * C, -1)) + bias  # [B, H/2, W/2, features]
+
+
+class Up(nn.Module):
+    """4x4 transposed convolution of stride 2: [B, H, W, C] -> [B, 2H, 2W, features].
+
+    Same kernel and result as nn.ConvTranspose(features, (4, 4), (2, 2)), computed as a 2x2
+    convolution to 2x2 blocks of pixels: the stock kernel gradient takes 75 times longer on a CPU.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        B, H, W, C = x.shape
+        kernel, bias = conv_parameters(self, C)
+        kernel = kernel.reshape(2, 2, 2, 2, C, -1)[:, ::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5)
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        y = conv(x, kernel.reshape(2, 2, C, -1))  # [B, H + 1, W + 1, 4 features]
+        y = y.reshape(B, H + 1, W + 1, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+        y = y.reshape(B, 2 * H + 2, 2 * W + 2, -1)  # one pixel too many on every side
+        return y[:, 1:-1, 1:-1] + bias  # [B, 2H, 2W, features]
+
+
+def conv_parameters(module, inputs):
+    """Kernel [4, 4, inputs, features] and bias of a Down or Up, named and drawn as nn.Conv's."""
+    shape = (4, 4, inputs, module.features)
+    kernel = module.param("kernel", nn.initializers.lecun_normal(), shape)
+    bias = module.param("bias", nn.initializers.zeros, (module.features,))
+    return kernel.astype(module.dtype), bias.astype(module.dtype)
+
+
+def conv(x, kernel):
+    """Stride 1, no padding: x [B, H, W, C], kernel [a, b, C, F] -> [B, H - a + 1, W - b + 1, F]."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout)
+
+
+class Residual(nn.Module):
+    """x + (ReLU, 3x3 convolution, ReLU, 1x1 convolution): [B, h, w, hidden] -> the same."""
+
+    hidden: int
+    residual: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
+        return x + nn.Conv(self.hidden, (1, 1), dtype=self.dtype)(nn.relu(y))
+
+
+class Trunk(nn.Module):
+    """What stands at 8 x 8 on both sides: [B, h, w, C] -> [B, h, w, hidden].
+
+    A convolution in (3x3 in DeepMind's example, 1x1 or none in the paper) and two residual blocks.
+    """
+
+    hidden: int
+    residual: int
+    window: int  # of the convolution in; 0 for none
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        if self.window:
+            x = nn.Conv(self.hidden, (self.window, self.window), dtype=self.dtype)(x)
+        for _ in range(2):
+            x = Residual(self.hidden, self.residual, self.dtype)(x)
+        return nn.relu(x)
+
+
+class VQVAE(nn.Module):
+    """Encoder, codebook and decoder of section 4.1, and of DeepMind's published example.
+
+    hidden    channels at 8 x 8 (and, in the paper, at 16 x 16)
+    residual  channels between the two convolutions of a residual block
+    deepmind  the example's form: half the channels at 16 x 16, 3x3 convolutions into the blocks
+    outputs   numbers at each pixel, as the likelihood asks
+    """
+
+    hidden: int
+    residual: int
+    slots: int
+    K: int
+    D: int
+    shared: bool
+    deepmind: bool
+    outputs: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        stem = self.hidden // 2 if self.deepmind else self.hidden
+        trunk = {"hidden": self.hidden, "residual": self.residual, "dtype": self.dtype}
+        self.down = [Down(stem, self.dtype), Down(self.hidden, self.dtype)]
+        self.encoder = Trunk(window=3 if self.deepmind else 0, **trunk)
+        self.to_latent = nn.Conv(self.slots * self.D, (1, 1), dtype=self.dtype)
+        S = 1 if self.shared else self.slots
+        self.codebook = self.param("codebook", quantize.init_codebook, S, self.K, self.D)
+        self.decoder = Trunk(window=3 if self.deepmind else 1, **trunk)
+        self.up = [Up(stem, self.dtype), Up(self.outputs, self.dtype)]
+
+    def __call__(self, images):
+        """images uint8 [B, 32, 32, 3] -> outputs [B, 32, 32, outputs], z_e, Quantized."""
+        z_e = self.encode(images)
+        quantized = quantize.quantize(z_e, self.codebook)
+        return self.decode(quantized.z_q), z_e, quantized
+
+    def encode(self, images):
+        """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
+        x = (images / 255.0 - 0.5).astype(self.dtype)
+        x = nn.relu(self.down[0](x))  # [B, 16, 16, stem]
+        x = self.down[1](x)  # [B, 8, 8, hidden]
+        z = self.to_latent(self.encoder(nn.relu(x) if self.deepmind else x))  # [B, 8, 8, N D]
+        return z.reshape(*z.shape[:3], self.slots, self.D).astype(jnp.float32)
+
+    def decode(self, z_q):
+        """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], in the dtype of the activations."""
+        z = z_q.reshape(*z_q.shape[:3], -1).astype(self.dtype)  # [B, 8, 8, N D]
+        x = nn.relu(self.up[0](self.decoder(z)))  # [B, 16, 16, stem]
+        return self.up[1](x)  # [B, 32, 32, outputs]
+
+    def to_codes(self, images):
+        """images uint8 [B, 32, 32, 3] -> codes [B, 8, 8, N], int32."""
+        return quantize.lookup(self.encode(images), self.codebook)
+
+    def from_codes(self, codes):
+        """codes [B, 8, 8, N] -> outputs [B, 32, 32, outputs]."""
+        return self.decode(quantize.embed(codes, self.codebook))
+
+
+def categorical(outputs, images, variance):
+    """256-way softmax for each colour value, as the authors used: 768 outputs at a pixel."""
+    del variance
+    logits = outputs.reshape(*images.shape, 256).astype(jnp.float32)  # [B, 32, 32, 3, 256]
+    at_x = jnp.take_along_axis(logits, images[..., None].astype(jnp.int32), -1)[..., 0]
+    return nn.logsumexp(logits, -1) - at_x, nn.softmax(logits) @ jnp.arange(256.0)
+
+
+def logistic(outputs, images, variance):
+    """Discretised logistic, a mean and a log scale for each colour value: 6 outputs at a pixel.
+
+    p(x) = F(x + 1/2) - F(x - 1/2), where F(-1/2) is 0 at x = 0 and F(255 + 1/2) is 1 at x = 255.
+    """
+    del variance
+    mean, log_scale = jnp.split(outputs.astype(jnp.float32), 2, -1)  # [B, 32, 32, 3] each
+    mean = 127.5 + 255 * mean  # grey levels
+    log_scale = jnp.clip(log_scale + jnp.log(16.0), -4, 6)  # an output of 0 is 16 grey levels
+    return logistic_nll(images, mean, log_scale), jnp.clip(mean, 0, 255)
+
+
+def logistic_nll(x, mean, log_scale):
+    """-log p(x) of the discretised logistic, in nats, for x in 0..255; mean in grey levels.
+
+    With s the logistic function, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): no cancellation.
+    """
+    inverse = jnp.exp(-log_scale)
+    above = jnp.where(x < 255, nn.log_sigmoid((x + 0.5 - mean) * inverse), 0.0)
+    below = jnp.where(x > 0, nn.log_sigmoid((mean - x + 0.5) * inverse), 0.0)
+    inner = jnp.where((x > 0) & (x < 255), jnp.log(-jnp.expm1(-inverse)), 0.0)
+    return -(above + below + inner)
+
+
+def gaussian(outputs, images, variance):
+    """Squared error over the variance of the training pixels: 3 outputs at a pixel.
+
+    DeepMind's example. It has no probability of an integer value, hence no bits/dim.
+    """
+    mean = outputs.astype(jnp.float32) + 0.5  # pixels in [0, 1]
+    return (images / 255.0 - mean) ** 2 / variance, jnp.clip(255 * mean, 0, 255)
+
+
+# name -> (outputs at a pixel, function, whether its loss is -log p in nats).
+# A function takes outputs [B, 32, 32, outputs], images uint8 [B, 32, 32, 3] and the variance of the
+# training pixels in [0, 1], and returns the loss of each colour value and a reconstruction in grey
+# levels, both float32 [B, 32, 32, 3].
+LIKELIHOODS = {
+    "categorical": (3 * 256, categorical, True),
+    "logistic": (3 * 2, logistic, True),
+    "gaussian": (3, gaussian, False),
+}

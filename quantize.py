@@ -1,0 +1,167 @@
+"""Vector quantisation: the nearest code, its gradient, its losses, and how a codebook learns.
+
+The paper (van den Oord, Vinyals, Kavukcuoglu 2017, arXiv 1711.00937), section 3:
+
+    z_q(x) = e_k,  k = argmin_j |z_e(x) - e_j|                                      (eq. 1 and 2)
+    loss   = -log p(x | z_q) + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2               (eq. 3)
+
+with sg the stop-gradient. `nearest` is written for ONE vector and lifted with jax.vmap.
+
+Letters, here and in the other files:
+    B        images in a batch
+    h, w     height and width of the latent field, 8 x 8
+    N        slots: latents at one position of the field
+    K, D     codes in a codebook, and the length of a code
+    S        codebooks: 1 (shared by all slots) or N (one per slot)
+    z_e      encoder output               [B, h, w, N, D]
+    e        codebook                     [S, K, D]
+    z_q      the codes that replace z_e   [B, h, w, N, D]
+    codes    their indices                [B, h, w, N]
+Everything here is float32: in half precision distances overflow and neighbours merge.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient as sg
+
+
+class Quantized(NamedTuple):
+    """What `quantize` returns; the losses are means over every element of the field."""
+
+    z_q: jax.Array  # [B, h, w, N, D], with the straight-through gradient
+    codes: jax.Array  # [B, h, w, N]
+    codebook_loss: jax.Array
+    commitment_loss: jax.Array
+
+
+class EMA(NamedTuple):
+    """Appendix A.1: exponential averages, a batch, of how often a code is used and by what."""
+
+    count: jax.Array  # [S, K], N_i in the paper
+    total: jax.Array  # [S, K, D], m_i
+
+
+def nearest(z, codebook):
+    """Index of the code nearest to ONE vector: z [D], codebook [K, D] -> int32. Lowest wins a tie.
+
+    |z - e|^2 without |z|^2, which is the same for every code: one matmul when lifted. Precision is
+    asked for because a GPU would otherwise round it to ten bits and pick other codes than a CPU.
+    """
+    half_distance = 0.5 * jnp.sum(codebook**2, -1) - jnp.dot(
+        codebook, z, precision=jax.lax.Precision.HIGHEST
+    )  # [K]
+    # jnp.argmin(half_distance), as two reductions that vectorise on a CPU, where argmin does not.
+    k = jnp.arange(len(codebook), dtype=jnp.int32)
+    return jnp.min(jnp.where(half_distance == half_distance.min(), k, len(codebook) - 1))
+
+
+def over_slots(function, codebook):
+    """`function(field of one slot, its codebook)` lifted over the slots: in_axes 0 or None."""
+    if len(codebook) == 1:
+        return lambda field: jax.vmap(function, (0, None))(field, codebook[0])
+    return lambda field: jax.vmap(function, (0, 0))(field, codebook)
+
+
+def lookup(z_e, codebook):
+    """Codes of a field: `nearest` over slots, positions and batch.
+
+    z_e [B, h, w, N, D] and codebook [S, K, D] -> codes [B, h, w, N], int32.
+    """
+    one_position = over_slots(nearest, sg(codebook))
+    one_image = jax.vmap(jax.vmap(one_position))
+    if jax.default_backend() == "cpu":  # image by image, the distances stay in cache
+        return jax.lax.map(one_image, sg(z_e))
+    return jax.vmap(one_image)(sg(z_e))
+
+
+def embed(codes, codebook):
+    """The codes' vectors: codes [B, h, w, N] and codebook [S, K, D] -> [B, h, w, N, D]."""
+    one_position = over_slots(lambda k, e: e[k], codebook)
+    return jax.vmap(jax.vmap(jax.vmap(one_position)))(codes)
+
+
+def straight_through(z_e, e):
+    """z_q: the value of e, the gradient of z_e (section 3.2). Exactly e, not z_e + (e - z_e)."""
+    return sg(e) + (z_e - sg(z_e))
+
+
+def quantize(z_e, codebook):
+    """z_q, codes and both losses of eq. 3: z_e [B, h, w, N, D], codebook [S, K, D] -> Quantized.
+
+    The losses are means over B, h, w, N and D, as in DeepMind's example. The paper averages over
+    latents but sums over D, and sums its first term over the 3072 values of an image; divided by
+    3072 that weighs both losses D/3072 times these. Adam hides it from the codebook, beta does not.
+    """
+    codes = lookup(z_e, codebook)
+    e = embed(codes, codebook)
+    return Quantized(
+        z_q=straight_through(z_e, e),
+        codes=codes,
+        codebook_loss=jnp.mean((sg(z_e) - e) ** 2),
+        commitment_loss=jnp.mean((z_e - sg(e)) ** 2),
+    )
+
+
+def usage(codes, S, K):
+    """How often each code is used: codes [B, h, w, N] -> counts [S, K], float32; S is 1 or N."""
+    slot = jnp.arange(codes.shape[-1]) % S  # 0 for all of them where the codebook is shared
+    return jnp.zeros((S, K)).at[slot, codes].add(1.0)
+
+
+def perplexity(counts):
+    """exp of the entropy in nats of the code frequencies: counts [..., K] -> [...], 1 to K."""
+    p = counts / counts.sum(-1, keepdims=True)
+    return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), -1))
+
+
+def init_codebook(key, S, K, D):
+    """Uniform within sqrt(3 / D), so that a code is about one unit long: [S, K, D]."""
+    limit = (3 / D) ** 0.5
+    return jax.random.uniform(key, (S, K, D), minval=-limit, maxval=limit)
+
+
+def draw(key, z_e, S, K):
+    """K encoder outputs for each codebook, drawn at random: z_e [B, h, w, N, D] -> [S, K, D]."""
+    N, D = z_e.shape[-2:]
+    outputs = jnp.moveaxis(sg(z_e).reshape(-1, N, D), 1, 0).reshape(S, -1, D)  # [S, B h w N/S, D]
+    few = outputs.shape[1] < K
+    keys = jax.random.split(key, S)
+    return jax.vmap(lambda k, z: jax.random.choice(k, z, (K,), replace=few))(keys, outputs)
+
+
+def ema_init(codebook):
+    """Every count 1 and every sum its code: an unused code then stays where it is.
+
+    (Counts of 0 beside sums of e throw unused codes far away; sums of 0 pull them to zero.)
+    """
+    return EMA(count=jnp.ones(codebook.shape[:2]), total=codebook + 0.0)  # a copy: both are donated
+
+
+def ema_update(ema, codebook, z_e, codes, gamma):
+    """One step of appendix A.1, after the codes were looked up: -> EMA, codebook [S, K, D].
+
+    N_i <- gamma N_i + (1 - gamma) n_i,  m_i <- gamma m_i + (1 - gamma) sum_j z_ij,  e_i = m_i / N_i
+    """
+    S, K, _ = codebook.shape
+    slot = jnp.arange(codes.shape[-1]) % S
+    total = jnp.zeros_like(codebook).at[slot, codes].add(sg(z_e))
+    count = gamma * ema.count + (1 - gamma) * usage(codes, S, K)
+    total = gamma * ema.total + (1 - gamma) * total
+    seen = count[..., None] > 1e-10  # below this, 0 / 0 is near: leave the code where it is
+    mean = total / jnp.where(seen, count[..., None], 1.0)
+    return EMA(count, total), jnp.where(seen, mean, codebook)
+
+
+def restart(key, ema, codebook, z_e, threshold):
+    """Codes used fewer than `threshold` times a batch move onto random encoder outputs.
+
+    Vector, sum and count move together, or the code would go back at the next step.
+    """
+    S, K, _ = codebook.shape
+    dead = ema.count < threshold  # [S, K]
+    fresh = draw(key, z_e, S, K)
+    count = jnp.where(dead, 1.0, ema.count)
+    total = jnp.where(dead[..., None], fresh, ema.total)
+    return EMA(count, total), jnp.where(dead[..., None], fresh, codebook)

@@ -1,0 +1,523 @@
+"""Every test of the kit: the mathematics against slow NumPy, known bugs of others, the program.
+
+    python -m pytest
+
+No network, no GPU. "Guard" in a test's name or docstring: the bug was found in a public VQ-VAE.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import data
+import model
+import quantize
+import train
+
+HERE = Path(__file__).parent
+TINY = {"hidden": 8, "residual": 4, "slots": 2, "K": 16, "D": 4, "batch": 8,
+        "likelihood": "logistic"}  # fmt: skip
+TINY_FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
+
+
+def field(seed=0, B=2, h=3, w=2, N=3, D=4, K=7, S=3):
+    """A random z_e [B, h, w, N, D] and codebook [S, K, D]."""
+    rng = np.random.default_rng(seed)
+    z_e = rng.normal(size=(B, h, w, N, D)).astype(np.float32)
+    return jnp.array(z_e), jnp.array(rng.normal(size=(S, K, D)).astype(np.float32))
+
+
+def slow_lookup(z_e, codebook):
+    """The definition, one latent at a time, in float64."""
+    z_e, codebook = np.float64(z_e), np.float64(codebook)
+    codes = np.zeros(z_e.shape[:-1], int)
+    for where in np.ndindex(codes.shape):
+        e = codebook[where[-1] % len(codebook)]
+        distances = [np.sqrt(((z_e[where] - code) ** 2).sum()) for code in e]
+        codes[where] = distances.index(min(distances))
+    return codes
+
+
+def tiny(preset="paper", **changes):
+    """Config and network of a very small model; the notebook's likelihood stays gaussian."""
+    if preset == "notebook":
+        changes = {"likelihood": "gaussian", **changes}
+    config = train.configure({"preset": preset, **TINY, **changes})
+    return config, train.build(config)
+
+
+def pictures(n=8, seed=0):
+    """Random uint8 images [n, 32, 32, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+
+
+# Quantiser
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("S", [1, 3])
+def test_lookup_is_the_nearest_code(S, jit):
+    z_e, codebook = field(S=S)
+    lookup = jax.jit(quantize.lookup) if jit else quantize.lookup
+    codes = lookup(z_e, codebook)
+    assert codes.dtype == jnp.int32
+    np.testing.assert_array_equal(codes, slow_lookup(z_e, codebook))
+
+
+def test_nearest_takes_one_vector():
+    z_e, codebook = field()
+    code = quantize.nearest(z_e[0, 0, 0, 0], codebook[0])
+    assert code.shape == () and code == slow_lookup(z_e, codebook)[0, 0, 0, 0]
+    assert code == jnp.argmin(((codebook[0] - z_e[0, 0, 0, 0]) ** 2).sum(-1))
+
+
+def test_lowest_index_wins_a_tie():
+    codebook = jnp.array([[3.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 9.0]])
+    assert quantize.nearest(jnp.zeros(2), codebook) == 1
+    assert quantize.nearest(jnp.array([1.0, 0.0]), codebook) == 1
+    assert quantize.lookup(jnp.zeros((1, 1, 1, 1, 2)), codebook[None]).item() == 1
+
+
+def test_both_lifts_agree(monkeypatch):
+    """The CPU goes image by image, other backends take all at once."""
+    z_e, codebook = field(B=5)
+    here = quantize.lookup(z_e, codebook)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(quantize.lookup(z_e, codebook), here)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_no_array_of_all_differences(backend, monkeypatch):
+    """Nothing as large as [B, h, w, N, K, D] is made, forward or backward."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    z_e, codebook = field(K=64, D=32)
+    largest = 0
+
+    def visit(jaxpr):
+        nonlocal largest
+        for equation in jaxpr.eqns:
+            largest = max([largest, *(math.prod(v.aval.shape) for v in equation.outvars)])
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    total = lambda z, e: sum(jnp.sum(x) for x in quantize.quantize(z, e) if x.dtype == z.dtype)  # noqa: E731
+    visit(jax.make_jaxpr(jax.grad(total, (0, 1)))(z_e, codebook).jaxpr)
+    assert 0 < largest <= max(z_e[..., 0].size * 64, codebook.size) < z_e.size * 64 / 10
+
+
+def test_embed_and_usage():
+    z_e, codebook = field()
+    codes = slow_lookup(z_e, codebook)
+    e = quantize.embed(jnp.array(codes), codebook)
+    counts = np.zeros((3, 7))
+    for where in np.ndindex(codes.shape):
+        np.testing.assert_array_equal(e[where], codebook[where[-1], codes[where]])
+        counts[where[-1], codes[where]] += 1
+    np.testing.assert_array_equal(quantize.usage(codes, 3, 7), counts)
+    np.testing.assert_array_equal(quantize.usage(codes, 1, 7), counts.sum(0, keepdims=True))
+
+
+def test_straight_through():
+    """Guard 4: the decoder's gradient reaches the encoder unchanged, and z_q is exactly e."""
+    z_e, codebook = field()
+    upstream = jax.random.normal(jax.random.key(1), z_e.shape)
+    z_q, codes = quantize.quantize(z_e, codebook)[:2]
+    np.testing.assert_array_equal(z_q, quantize.embed(codes, codebook))
+    into = jax.grad(lambda z, e: jnp.vdot(upstream, quantize.quantize(z, e).z_q), (0, 1))
+    to_encoder, to_codebook = into(z_e, codebook)
+    np.testing.assert_array_equal(to_encoder, upstream)
+    np.testing.assert_array_equal(to_codebook, 0)
+
+
+@pytest.mark.parametrize("S", [1, 3])
+def test_losses_and_their_gradients_by_hand(S):
+    """Guards 1, 2, 5: which loss moves what, in which direction, and how far."""
+    z_e, codebook = field(S=S)
+    codes = slow_lookup(z_e, codebook)
+    e = np.stack([np.asarray(codebook)[n % S][codes[..., n]] for n in range(3)], -2)
+    q = quantize.quantize(z_e, codebook)
+    for loss in (q.codebook_loss, q.commitment_loss):
+        np.testing.assert_allclose(loss, np.mean((np.asarray(z_e) - e) ** 2), rtol=1e-5)
+
+    pull = 2 * (e - np.asarray(z_e)) / z_e.size
+    of_codebook = np.zeros(codebook.shape)
+    for where in np.ndindex(codes.shape):
+        of_codebook[where[-1] % S, codes[where]] += pull[where]
+    for beta in (0.0, 0.25, 2.0):
+
+        def loss(z, e, beta=beta):
+            q = quantize.quantize(z, e)
+            return q.codebook_loss + beta * q.commitment_loss
+
+        to_encoder, to_codebook = jax.grad(loss, (0, 1))(z_e, codebook)
+        np.testing.assert_allclose(to_codebook, of_codebook, atol=1e-6)
+        np.testing.assert_allclose(to_encoder, -beta * pull, atol=1e-6)
+
+
+def test_ema_step_by_hand():
+    """Appendix A.1 in float64, with the codes of the codebook before the step (guard 6)."""
+    z_e, codebook = field(K=5)
+    codes = slow_lookup(z_e, codebook)
+    start = quantize.EMA(jnp.full((3, 5), 2.0), codebook * 2 + 0.5)
+    ema, after = quantize.ema_update(start, codebook, z_e, jnp.array(codes), 0.9)
+    for n in range(3):
+        for k in range(5):
+            mine = np.float64(z_e)[..., n, :][codes[..., n] == k]
+            count = 0.9 * 2 + 0.1 * len(mine)
+            total = 0.9 * np.float64(start.total[n, k]) + 0.1 * mine.sum(0)
+            np.testing.assert_allclose(ema.count[n, k], count, rtol=1e-6)
+            np.testing.assert_allclose(ema.total[n, k], total, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(after[n, k], total / count, rtol=1e-5, atol=1e-6)
+
+
+def test_unused_codes_stay():
+    """Guard 7: they neither fly away nor fall to zero, even when their count underflows."""
+    codebook = jnp.array([[[1.0, 2.0], [50.0, -60.0]]])
+    z_e, ema, e = jnp.ones((1, 2, 2, 1, 2)), quantize.ema_init(codebook), codebook
+    step = jax.jit(lambda ema, e: quantize.ema_update(ema, e, z_e, quantize.lookup(z_e, e), 0.9))
+    for _ in range(1500):
+        ema, e = step(ema, e)
+    np.testing.assert_allclose(e[0, 1], codebook[0, 1], rtol=1e-4)
+    np.testing.assert_allclose(e[0, 0], 1.0, rtol=1e-4)
+    assert ema.count[0, 1] < 1e-30
+
+
+def test_restart_moves_vector_sum_and_count():
+    """Guard 12: a restarted code stays where it was put at the next step; live ones do not move."""
+    z_e, codebook = field(N=1, S=1, K=3, B=8)
+    ema = quantize.EMA(jnp.array([[5.0, 0.001, 4.0]]), codebook * jnp.array([5, 0.001, 4])[:, None])
+    after, e = quantize.restart(jax.random.key(0), ema, codebook, z_e, 0.05)
+    np.testing.assert_array_equal(e[0, jnp.array([0, 2])], codebook[0, jnp.array([0, 2])])
+    outputs = np.asarray(z_e).reshape(-1, 4)
+    assert (np.asarray(e[0, 1]) == outputs).all(-1).any()
+    np.testing.assert_array_equal(after.total[0, 1], e[0, 1])
+    assert after.count[0, 1] == 1 and (after.count[0, jnp.array([0, 2])] == ema.count[0, [0, 2]]).all()
+    elsewhere = jnp.zeros((8, 3, 2, 1), jnp.int32)  # nobody uses code 1
+    _, later = quantize.ema_update(after, e, z_e, elsewhere, 0.99)
+    np.testing.assert_allclose(later[0, 1], e[0, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("S", [1, 3])
+def test_draw_takes_outputs_of_the_right_slot(S):
+    z_e, _ = field(B=8)
+    drawn = quantize.draw(jax.random.key(0), z_e, S, 20)
+    assert drawn.shape == (S, 20, 4)
+    for s in range(S):
+        pool = np.asarray(z_e if S == 1 else z_e[..., s, :]).reshape(-1, 4)
+        assert all((pool == row).all(-1).any() for row in np.asarray(drawn[s]))
+        assert len(np.unique(np.asarray(drawn[s]), axis=0)) == 20  # no output twice
+    assert quantize.draw(jax.random.key(0), z_e, S, 999).shape == (S, 999, 4)
+
+
+def test_perplexity():
+    np.testing.assert_allclose(quantize.perplexity(jnp.full((2, 512), 3.0)), 512, rtol=1e-4)
+    np.testing.assert_allclose(quantize.perplexity(jnp.array([0.0, 7.0, 0.0])), 1, rtol=1e-6)
+    p = np.array([0.5, 0.3, 0.2])
+    np.testing.assert_allclose(
+        quantize.perplexity(jnp.array([5.0, 3, 2])), np.exp(-(p * np.log(p)).sum()), rtol=1e-5
+    )
+
+
+def test_codebook_scale():
+    """Guard 13: the limit is sqrt(3 / D), not sqrt(3 / K)."""
+    e = np.asarray(quantize.init_codebook(jax.random.key(0), 2, 512, 64))
+    assert e.shape == (2, 512, 64) and abs(e).max() <= math.sqrt(3 / 64)
+    np.testing.assert_allclose((e**2).sum(-1).mean(), 1.0, rtol=0.02)
+
+
+# Networks
+
+
+@pytest.mark.parametrize("ours, stock", [(model.Down, nn.Conv), (model.Up, nn.ConvTranspose)])
+def test_rewritten_layers_equal_stock_layers(ours, stock):
+    """Values and the gradients of input, kernel and bias."""
+    x = jax.random.normal(jax.random.key(0), (2, 8, 6, 5))
+    ours, stock = ours(7, jnp.float32), stock(7, (4, 4), (2, 2))
+    params = ours.init(jax.random.key(1), x)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, stock.init(jax.random.key(1), x))
+    y = stock.apply(params, x)
+    upstream = jax.random.normal(jax.random.key(2), y.shape)
+    np.testing.assert_allclose(ours.apply(params, x), y, atol=1e-4)
+    grads = [
+        jax.grad(lambda p, x, f=f: jnp.vdot(upstream, f.apply(p, x)), (0, 1))(params, x)
+        for f in (ours, stock)
+    ]
+    for mine, theirs in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+def count(preset, **changes):
+    """Parameters of a preset, without making them."""
+    config = train.configure({"preset": preset, **changes})
+    shapes = jax.eval_shape(train.build(config).init, jax.random.key(0), pictures(1))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def test_parameter_counts():
+    """Every layer of both presets, counted by hand: window x inputs x outputs + biases."""
+    conv = lambda window, inputs, outputs: window**2 * inputs * outputs + outputs  # noqa: E731
+    block = conv(3, 128, 32) + conv(1, 32, 128)
+    encoder = conv(4, 3, 64) + conv(4, 64, 128) + conv(3, 128, 128) + 2 * block + conv(1, 128, 64)
+    decoder = conv(3, 64, 128) + 2 * block + conv(4, 128, 64) + conv(4, 64, 3)
+    assert count("notebook") == encoder + decoder + 512 * 64
+    block = conv(3, 256, 256) + conv(1, 256, 256)
+    encoder = conv(4, 3, 256) + conv(4, 256, 256) + 2 * block + conv(1, 256, 640)
+    decoder = conv(1, 640, 256) + 2 * block + conv(4, 256, 256) + conv(4, 256, 768)
+    assert count("paper") == encoder + decoder + 10 * 512 * 64
+    assert count("paper", shared=True) == encoder + decoder + 512 * 64
+
+
+def test_no_shared_blocks_and_every_parameter_learns():
+    """Guards 4 and 9: two blocks are two sets of weights; each parameter gets a gradient."""
+    for preset in ("paper", "notebook"):
+        config, net = tiny(preset)
+        images = pictures()
+        params = train.init_state(config, net, images).params
+        first, second = (params["encoder"][f"Residual_{i}"]["Conv_0"]["kernel"] for i in range(2))
+        assert not np.array_equal(first, second)
+
+        def loss(params, net=net, images=images):
+            outputs, _, q = net.apply({"params": params}, images)
+            return (outputs**2).mean() + q.codebook_loss + q.commitment_loss
+
+        for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+            assert np.abs(grad).max() > 0, path
+
+
+def test_encode_and_decode_agree_with_the_forward_pass():
+    config, net = tiny()
+    images = pictures()
+    variables = {"params": train.init_state(config, net, images).params}
+    outputs, z_e, q = net.apply(variables, images)
+    assert z_e.shape == (8, 8, 8, 2, 4) and outputs.shape == (8, 32, 32, 6)
+    codes = net.apply(variables, images, method="to_codes")
+    np.testing.assert_array_equal(codes, q.codes)
+    again = net.apply(variables, codes, method="from_codes")
+    np.testing.assert_allclose(again, outputs, atol=1e-5)
+
+
+def test_quantiser_stays_float32():
+    """Guard 14: with bfloat16 activations, latents, codebook and losses are float32."""
+    config, net = tiny(dtype="bfloat16")
+    params = train.init_state(config, net, pictures()).params
+    outputs, z_e, q = net.apply({"params": params}, pictures())
+    assert outputs.dtype == jnp.bfloat16
+    assert {z_e.dtype, q.z_q.dtype, q.codebook_loss.dtype, q.commitment_loss.dtype} == {
+        jnp.dtype("float32")
+    }
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+
+# Likelihoods
+
+
+def every_value(outputs_at_pixel, name):
+    """-log p of each of the 256 values under the same random outputs: [256, 3 pixels, 3]."""
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(size=(1, 1, 3, outputs_at_pixel)).astype(np.float32) * 0.4
+    outputs = np.repeat(outputs, 256, 0)
+    images = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None, None], (256, 1, 3, 3))
+    return outputs, np.asarray(model.LIKELIHOODS[name][1](outputs, images, 1.0)[0])[:, 0]
+
+
+@pytest.mark.parametrize("name", [n for n, row in model.LIKELIHOODS.items() if row[2]])
+def test_likelihood_sums_to_one(name):
+    _, nll = every_value(model.LIKELIHOODS[name][0], name)
+    np.testing.assert_allclose(np.exp(-np.float64(nll)).sum(0), 1.0, rtol=1e-5)
+
+
+def test_categorical_against_float64():
+    outputs, nll = every_value(768, "categorical")
+    logits = np.float64(outputs[0, 0]).reshape(3, 3, 256)
+    expected = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
+    np.testing.assert_allclose(nll, expected.transpose(2, 0, 1), rtol=1e-5)
+
+
+def test_logistic_against_float64():
+    outputs, nll = every_value(6, "logistic")
+    mean, log_scale = 127.5 + 255 * np.float64(outputs[0, 0, :, :3]), np.float64(outputs[0, 0, :, 3:])
+    scale = np.exp(log_scale + np.log(16.0))
+    cdf = lambda x, sign: 1 / (1 + np.exp(-sign * (x - mean) / scale))  # noqa: E731
+    for x in range(256):
+        below = (1 if x == 255 else cdf(x + 0.5, 1)) - (0 if x == 0 else cdf(x - 0.5, 1))
+        above = (1 if x == 0 else cdf(x - 0.5, -1)) - (0 if x == 255 else cdf(x + 0.5, -1))
+        p = np.where(x < mean, below, above)  # the tail that does not cancel
+        np.testing.assert_allclose(nll[x], -np.log(p), rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", list(model.LIKELIHOODS))
+def test_likelihood_of_extreme_outputs_is_finite(name):
+    outputs = np.full((1, 32, 32, model.LIKELIHOODS[name][0]), 30.0, np.float32)
+    for sign in (1, -1):
+        f = lambda o: model.LIKELIHOODS[name][1](o, pictures(1), 0.06)[0].sum()  # noqa: E731
+        value, grad = jax.value_and_grad(f)(sign * outputs)
+        assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+def test_uniform_logits_are_8_bits():
+    images = pictures()
+    nll, _ = model.categorical(jnp.zeros((8, 32, 32, 768)), images, 1.0)
+    assert float(nll.mean()) / math.log(2) == pytest.approx(8, abs=1e-6)
+
+
+def test_normalised_mse_of_the_mean_is_one():
+    """Guard 10: pixels and variance are on one scale."""
+    dataset = data.Dataset(pictures(), pictures(), "noise", "test")
+    pixels = dataset.train / 255.0
+    assert dataset.variance() == pytest.approx(pixels.var(), rel=1e-6)
+    outputs = jnp.full((8, 32, 32, 3), pixels.mean() - 0.5)
+    nmse, _ = model.gaussian(outputs, dataset.train, dataset.variance())
+    assert float(nmse.mean()) == pytest.approx(1, rel=1e-5)
+
+
+# One step, and measuring
+
+
+@pytest.mark.parametrize("codebook", ["gradient", "ema"])
+def test_the_codebook_trains(codebook):
+    """Guards 2, 3, 6: it moves, and under EMA to where codes of the old codebook say."""
+    config, net = tiny("notebook", codebook=codebook, slots=1)
+    images = pictures()
+    state = train.init_state(config, net, images)
+    after, metrics = jax.jit(train.make_train_step(config, net, 0.06))(state, images)
+    assert not np.allclose(after.params["codebook"], state.params["codebook"])
+    if codebook == "ema":
+        z_e = net.apply({"params": state.params}, images, method="encode")
+        codes = quantize.lookup(z_e, state.params["codebook"])
+        _, e = quantize.ema_update(state.ema, state.params["codebook"], z_e, codes, config.gamma)
+        np.testing.assert_allclose(after.params["codebook"], e, atol=1e-5)
+
+
+def test_beta_reaches_only_the_encoder():
+    """Guard 1, in the whole loss: the codebook's gradient step does not depend on beta."""
+    after = []
+    for beta in (0.1, 2.0):
+        config, net = tiny(beta=beta)
+        state = train.init_state(config, net, pictures())
+        after.append(jax.jit(train.make_train_step(config, net, 0.06))(state, pictures())[0].params)
+    np.testing.assert_array_equal(after[0]["codebook"], after[1]["codebook"])
+    np.testing.assert_array_equal(
+        after[0]["up_1"]["kernel"], after[1]["up_1"]["kernel"]
+    )
+    assert not np.array_equal(after[0]["down_0"]["kernel"], after[1]["down_0"]["kernel"])
+
+
+def test_many_steps_in_one_launch_are_the_same_steps(monkeypatch):
+    """The scan of a GPU and the unrolled steps of a CPU against one step at a time."""
+    config, net = tiny(flip=True)
+    images, index = pictures(20), data.order(0, 20, 8, 0, 3)
+    step = train.make_train_step(config, net, 0.06)
+    expected = train.init_state(config, net, images[:8])
+    losses = []
+    for i in index:
+        expected, metrics = jax.jit(step)(expected, images[i])
+        losses.append(metrics["loss"])
+    for backend in ("cpu", "gpu"):
+        state = train.init_state(config, net, images[:8])
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            state, metrics = train.make_train_steps(step)(state, jnp.array(images), jnp.array(index))
+        np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-4)
+        for mine, theirs in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+
+def test_train_and_test_metrics_are_one_metric():
+    """Guard 11: the same images and parameters give the same figure in training and in a test."""
+    for likelihood, name in (("gaussian", "nmse"), ("categorical", "bits_per_dim")):
+        config, net = tiny(likelihood=likelihood)
+        dataset = data.Dataset(pictures(), pictures(), "noise", "test")
+        state = train.init_state(config, net, dataset.train)
+        step = jax.jit(train.make_train_step(config, net, dataset.variance()))
+        _, metrics = step(state, dataset.train)
+        measured, _, _ = train.evaluate(config, net, state.params, dataset)
+        assert measured[name] == pytest.approx(float(metrics[name]), rel=1e-5)
+
+
+def test_evaluation_by_hand_over_every_image():
+    """Guards 8 and 16: 137 images in batches of 100, nothing dropped, nothing changed."""
+    config, net = tiny(likelihood="logistic")
+    dataset = data.Dataset(pictures(30, 1), pictures(137), "noise", "test")
+    params = train.init_state(config, net, dataset.train[:8]).params
+    before = jax.tree.map(np.array, params)
+    measured, counts, (shown, _) = train.evaluate(config, net, params, dataset)
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+
+    outputs, _, q = net.apply({"params": params}, dataset.test)
+    nll, mean = map(np.float64, model.logistic(outputs, dataset.test, 1.0))
+    assert counts.sum() == 137 * 64 * 2
+    bits = nll.sum() / math.log(2) / 137 + 128 * math.log2(16)
+    assert measured["bits_per_dim"] == pytest.approx(bits / 3072, rel=1e-5)
+    mse = ((mean - dataset.test) ** 2).mean() / 255**2
+    assert measured["mse"] == pytest.approx(mse, rel=1e-5)
+    assert measured["psnr"] == pytest.approx(10 * math.log10(1 / mse), rel=1e-5)
+    assert measured["nmse"] == pytest.approx(mse / (dataset.train / 255).var(), rel=1e-5)
+    np.testing.assert_allclose(shown, mean[: train.SHOWN], atol=1e-3)
+
+    code_bits = 0.0  # the unigram prior: frequencies of the training codes, one added to each
+    trained = np.asarray(net.apply({"params": params}, dataset.train, method="to_codes"))
+    entropies = []
+    for n in range(2):
+        frequency = np.bincount(trained[..., n].ravel(), minlength=16) + 1.0
+        frequency /= frequency.sum()
+        code_bits -= np.log2(frequency[np.asarray(q.codes)[..., n]]).sum()
+        p = np.bincount(np.asarray(q.codes)[..., n].ravel(), minlength=16) / (137 * 64)
+        entropies.append(-(p[p > 0] * np.log(p[p > 0])).sum())
+    unigram = (nll.sum() / math.log(2) + code_bits) / 137 / 3072
+    assert measured["bits_per_dim_unigram"] == pytest.approx(unigram, rel=1e-5)
+    assert measured["perplexity"] == pytest.approx(math.exp(np.mean(entropies)), rel=1e-4)
+    assert measured["codes_used"] == sum(len(np.unique(q.codes[..., n])) for n in range(2))
+
+
+def test_bits_per_dim_of_a_model_that_knows_nothing():
+    """Zero logits cost 8 bits/dim, and the codes 64 N log2 K / 3072 more."""
+    config, net = tiny(likelihood="categorical")
+    dataset = data.Dataset(pictures(), pictures(), "noise", "test")
+    params = jax.tree.map(jnp.zeros_like, train.init_state(config, net, dataset.train).params)
+    measured, _, _ = train.evaluate(config, net, params, dataset)
+    assert measured["bits_per_dim"] == pytest.approx(8 + 128 * 4 / 3072, abs=1e-5)
+    assert train.code_bits(train.Config()) == 1.875
+
+
+# Data
+
+
+def test_order_of_the_images():
+    """Guard 15: each epoch is a new permutation, nothing is dropped, any step can be asked for."""
+    stream = data.order(seed=3, n=50, batch=16, step=0, count=10).reshape(-1)
+    epochs = [stream[i : i + 50] for i in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
+    np.testing.assert_array_equal(data.order(3, 50, 16, 7, 2).reshape(-1), stream[112:144])
+    assert not np.array_equal(stream[:50], data.order(4, 50, 50, 0, 1)[0])
+
+
+def test_photo_regions_do_not_overlap():
+    dataset = data.load("photo", "unused", val=False)
+    assert dataset.train.shape[1:] == (32, 32, 3) and dataset.train.dtype == np.uint8
+    assert "not CIFAR-10" in dataset.name and len(dataset.test) % train.EVAL_BATCH
+    train_set = {image.tobytes() for image in dataset.train}
+    assert not any(image.tobytes() in train_set for image in dataset.test)
+
+
+def test_held_out_images(monkeypatch):
+    both = np.arange(50000), np.arange(10000)
+    monkeypatch.setitem(data.DATASETS, "cifar10", ("CIFAR-10", lambda folder: both))
+    held = data.load("cifar10", "unused", val=True)
+    assert held.split == "val" and list(held.test) == list(range(45000, 50000))
+    assert len(held.train) == 45000
+    assert data.load("cifar10", "unused", val=False).split == "test"

@@ -1,0 +1,793 @@
+"""Trains, measures and shows a VQ-VAE: the loop, the evaluation, the pictures, the command line.
+
+    python train.py                      DeepMind's example on a CPU, the paper's run on a GPU
+    python train.py --preset notebook    8x8x1 latents; published: normalised MSE .056
+    python train.py --preset paper       8x8x10 latents; published: 4.67 bits/dim
+
+What each costs and gives is in README.md, measured. The loss is eq. 3 of the paper (quantize.py):
+
+    -log p(x | z_q) + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2
+
+its first term a mean over the 3072 colour values (in nats), the others over the elements of z_e.
+Order of the file: configuration, one step, measuring, pictures, checkpoints, the run, errors.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import data
+import model
+import quantize
+
+SHOWN = 16  # test images in the pictures
+EVAL_BATCH = 100
+PIXELS = 32 * 32 * 3  # what bits/dim divides by
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be: exit code 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on: exit code 1."""
+
+
+def flag(default, text, choices=None, low=None, high=None):
+    """A field of Config: its default, its help, and the values that make sense."""
+    checks = {"help": text, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=checks)
+
+
+TINY = 1e-12  # stands for "above zero"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One field, one flag. The defaults are the paper's (section 4.1)."""
+
+    preset: str = flag("auto", "where the other defaults come from", ["auto", "paper", "notebook"])
+    dataset: str = flag("cifar10", "images to train on", list(data.DATASETS))
+    data_dir: str = flag("data", "folder with CIFAR-10, or to fetch it into")
+    val: bool = flag(False, "measure on the last 5,000 training images, not on the test set")
+    flip: bool = flag(False, "mirror half of the training images")
+    slots: int = flag(10, "N, latents at each of the 8x8 positions", low=1, high=1024)
+    K: int = flag(512, "codes in a codebook", low=2, high=65536)
+    D: int = flag(64, "length of a code", low=1, high=4096)
+    shared: bool = flag(False, "one codebook for all slots instead of one each")
+    hidden: int = flag(256, "channels of the networks", low=2, high=8192)
+    residual: int = flag(256, "channels inside a residual block", low=1, high=8192)
+    deepmind: bool = flag(False, "the networks of DeepMind's example instead of section 4.1's")
+    likelihood: str = flag("categorical", "p(x | z_q)", list(model.LIKELIHOODS))
+    codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
+    gamma: float = flag(0.99, "EMA: weight of the past", low=0.0, high=1 - 1e-9)
+    restart: float = flag(0.0, "EMA: move codes used less often a batch than this", low=0.0)
+    init: str = flag("random", "codebook before step 1: random, or encoder outputs (data)",
+                     ["random", "data"])  # fmt: skip
+    beta: float = flag(0.25, "weight of the commitment loss", low=0.0)
+    lr: float = flag(2e-4, "Adam's learning rate", low=TINY)
+    batch: int = flag(128, "images a step", low=1)
+    steps: int = flag(250_000, "length of the run", low=1, high=10**9)
+    seed: int = flag(0, "of the weights and of the order of the images", low=0, high=2**31 - 1)
+    dtype: str = flag("auto", "of the activations; auto: bfloat16 on a GPU, float32 on a CPU",
+                      ["auto", "float32", "bfloat16"])  # fmt: skip
+    out: str = flag("", "folder of the run (default: runs/PRESET-1, -2, ...)")
+    log_every: int = flag(100, "steps between two lines of the log", low=1)
+    checkpoint_minutes: float = flag(5.0, "between two checkpoints", low=TINY)
+
+
+PRESETS = {
+    "paper": {},
+    "notebook": {
+        "slots": 1, "hidden": 128, "residual": 32, "deepmind": True, "likelihood": "gaussian",
+        "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
+    },
+}  # fmt: skip
+
+# What a preset is after, and where that number comes from.
+PUBLISHED = {
+    "paper": "4.67 bits/dim (arXiv 1711.00937, section 4.1)",
+    "notebook": "normalised MSE .056, perplexity 326 (DeepMind's notebook, on training batches)",
+}
+
+
+def parse(argv):
+    """Command line -> (overrides of Config, run folder to resume, run folder to evaluate)."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(f"{message}; python train.py --help lists the flags.")
+
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
+        text = f"{f.metadata['help']} (default: {', '.join([str(f.default) or '-', *changed])})"
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--resume", default="", metavar="RUN", help="continue this run")
+    parser.add_argument("--eval", default="", metavar="RUN", help="measure this run again")
+    overrides = vars(parser.parse_args(argv))
+    return overrides, overrides.pop("resume"), overrides.pop("eval")
+
+
+def configure(overrides):
+    """Config from a preset and what the command line changes; raises UsageError for nonsense."""
+    preset = overrides.get("preset", "auto")
+    if preset == "auto":
+        preset = "notebook" if jax.default_backend() == "cpu" else "paper"
+    config = Config(**{**PRESETS[preset], **overrides, "preset": preset})
+    for f in dataclasses.fields(Config):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        if f.type is float and not math.isfinite(value):
+            raise UsageError(f"--{f.name} {value} is not a number: give a finite one.")
+        if low is not None and value < low:
+            bound = "above 0" if low == TINY else f"at least {low}"
+            raise UsageError(f"--{f.name} {value} is too small: it must be {bound}.")
+        if high is not None and value > high:
+            bound = "below 1" if f.name == "gamma" else f"at most {high}"
+            raise UsageError(f"--{f.name} {value} is too large: it must be {bound}.")
+    if config.restart and config.codebook != "ema":
+        raise UsageError("--restart moves codes by their EMA counts: add --codebook ema.")
+    if not config.data_dir:
+        raise UsageError('--data_dir "" names no folder: give one, such as --data_dir data.')
+    return config
+
+
+class TrainState(NamedTuple):
+    """All that a step changes. Random numbers come from the seed and `step`."""
+
+    step: jax.Array
+    params: Any
+    opt: Any
+    ema: Any  # quantize.EMA, or () where the codebook learns by gradient
+
+
+def build(config):
+    """The network that a configuration describes: model.VQVAE."""
+    cpu = jax.default_backend() == "cpu"
+    dtype = {"auto": "float32" if cpu else "bfloat16"}.get(config.dtype, config.dtype)
+    return model.VQVAE(
+        hidden=config.hidden,
+        residual=config.residual,
+        slots=config.slots,
+        K=config.K,
+        D=config.D,
+        shared=config.shared,
+        deepmind=config.deepmind,
+        outputs=model.LIKELIHOODS[config.likelihood][0],
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def init_state(config, net, images):
+    """TrainState before step 1; images uint8 [B, 32, 32, 3] are the first batch."""
+    key = jax.random.key(config.seed, impl="rbg")  # the default one takes seconds more to compile
+    params = jax.jit(net.init)(key, images)["params"]
+    if config.init == "data":
+        z_e = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, images)
+        S, K, _ = params["codebook"].shape
+        params["codebook"] = quantize.draw(jax.random.fold_in(key, 1), z_e, S, K)
+    ema = quantize.ema_init(params["codebook"]) if config.codebook == "ema" else ()
+    return TrainState(jnp.int32(0), params, optax.adam(config.lr).init(params), ema)
+
+
+def make_train_step(config, net, variance):
+    """The update: `state, metrics = train_step(state, images)`, images uint8 [B, 32, 32, 3]."""
+    _, likelihood, exact = model.LIKELIHOODS[config.likelihood]
+    optimizer = optax.adam(config.lr)
+
+    def loss_fn(params, images):
+        outputs, z_e, q = net.apply({"params": params}, images)
+        reconstruction = likelihood(outputs, images, variance)[0].mean()
+        loss = reconstruction + config.beta * q.commitment_loss
+        if config.codebook == "gradient":  # under EMA the average below replaces this term
+            loss = loss + q.codebook_loss
+        return loss, (reconstruction, z_e, q)
+
+    def train_step(state, images):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if config.flip:
+            mirror = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
+            images = jnp.where(mirror, images[:, :, ::-1], images)
+        (loss, (reconstruction, z_e, q)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, images
+        )
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params, ema = optax.apply_updates(state.params, updates), state.ema
+        if config.codebook == "ema":  # the codebook's own gradient was zero
+            ema, e = quantize.ema_update(ema, params["codebook"], z_e, q.codes, config.gamma)
+            if config.restart:
+                ema, e = quantize.restart(key, ema, e, z_e, config.restart)
+            params = {**params, "codebook": e}
+        S, K, _ = params["codebook"].shape
+        metrics = {
+            "loss": loss,
+            ("bits_per_dim" if exact else "nmse"): reconstruction,
+            "codebook_loss": q.codebook_loss,
+            "commitment_loss": q.commitment_loss,
+            "perplexity": quantize.perplexity(quantize.usage(q.codes, S, K)).mean(),
+            "grad_norm": optax.tree.norm(grads),
+        }
+        if exact:
+            metrics["bits_per_dim"] = reconstruction / math.log(2) + code_bits(config)
+        return TrainState(state.step + 1, params, opt, ema), metrics
+
+    return train_step
+
+
+def code_bits(config):
+    """What the latents cost under the uniform prior, in bits/dim: 64 N log2(K) / 3072."""
+    return 64 * config.slots * math.log2(config.K) / PIXELS
+
+
+def make_train_steps(train_step):
+    """Many steps in one launch: state, images [n, 32, 32, 3], index [count, batch] -> the same.
+
+    The images live on the device, so a launch needs only indices. A GPU scans. A CPU unrolls (and
+    gets one step a launch), because XLA's convolutions are 13 to 54 times slower inside a loop.
+    """
+
+    def train_steps(state, images, index):
+        if jax.default_backend() != "cpu":
+            return jax.lax.scan(lambda s, i: train_step(s, images[i]), state, index)
+        metrics = []
+        for i in index:
+            state, last = train_step(state, images[i])
+            metrics.append(last)
+        return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
+
+    return jax.jit(train_steps, donate_argnums=0)
+
+
+def evaluate(config, net, params, dataset):
+    """Metrics over every image of `dataset.test`, code counts [N, K], reconstructions of a few.
+
+    bits/dim = [-sum log2 p(x_i | z_q) + 64 N log2 K] / 3072, None where there is no likelihood.
+    """
+    _, likelihood, exact = model.LIKELIHOODS[config.likelihood]
+    variance = dataset.variance()
+
+    @jax.jit
+    def measure(params, images, weight):  # weight [B]: 0 for padding
+        outputs, _, q = net.apply({"params": params}, images)
+        nll, shown = likelihood(outputs, images, variance)
+        error = jnp.square(shown / 255 - images / 255.0)
+        sums = jnp.stack([weight @ term.mean((1, 2, 3)) for term in (nll, error)])
+        return sums, q.codes, shown
+
+    @jax.jit
+    def to_codes(params, images, weight):
+        return net.apply({"params": params}, images, method="to_codes")
+
+    def counts(codes, weight):
+        slot = np.arange(config.slots)
+        keep = np.asarray(codes)[np.asarray(weight) > 0]  # [B, h, w, N]
+        return np.bincount((keep + slot * config.K).ravel(), minlength=config.slots * config.K)
+
+    sums, used, shown = np.zeros(2), 0, None
+    for images, weight in padded(dataset.test):
+        batch_sums, codes, reconstruction = measure(params, images, weight)
+        sums += np.asarray(batch_sums, np.float64)
+        used = used + counts(codes, weight)
+        if shown is None:
+            shown = np.asarray(reconstruction[:SHOWN]), np.asarray(codes[:SHOWN])
+    n, used = len(dataset.test), used.reshape(config.slots, config.K)
+    nll, mse = sums / n
+    pooled = used.sum(0, keepdims=True) if config.shared else used
+    perplexities = np.asarray(quantize.perplexity(jnp.asarray(pooled, jnp.float32)))
+    metrics = {
+        "bits_per_dim": None,
+        "bits_per_dim_unigram": None,
+        "mse": mse,
+        "nmse": mse / variance,
+        "psnr": -10 * math.log10(mse) if mse else None,
+        "perplexity": math.exp(np.log(perplexities).mean()),
+        "perplexity_per_codebook": [round(float(p), 1) for p in perplexities],
+        "codes_used": int((pooled > 0).sum()),
+    }
+    if exact:
+        train = sum(counts(to_codes(params, *batch), batch[1]) for batch in padded(dataset.train))
+        prior = train.reshape(used.shape) + 1.0  # one more, for codes that training never used
+        prior = -np.log2(prior / prior.sum(1, keepdims=True))
+        metrics["bits_per_dim"] = nll / math.log(2) + code_bits(config)
+        metrics["bits_per_dim_unigram"] = nll / math.log(2) + (used * prior).sum() / n / PIXELS
+    return metrics, used, shown
+
+
+def padded(images):
+    """All images in batches of EVAL_BATCH, the last filled up, with the weight of each image."""
+    for start in range(0, len(images), EVAL_BATCH):
+        batch = images[start : start + EVAL_BATCH]
+        fill = EVAL_BATCH - len(batch)
+        yield (
+            np.concatenate([batch, np.zeros_like(images[:1]).repeat(fill, 0)]),
+            np.repeat(np.float32([1, 0]), [len(batch), fill]),
+        )
+
+
+def draw_pictures(out, config, dataset, log, counts, shown):
+    """Write reconstructions.png, curves.png and codes.png into the folder `out`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    images, (reconstructions, codes) = dataset.test[:SHOWN], shown
+    title = f"{dataset.name}, {dataset.split} images"
+
+    def save(figure, name):
+        with atomic(out / name) as part:
+            figure.savefig(part, format="png", dpi=150)
+        plt.close(figure)
+
+    rows = [images, reconstructions.round().astype(np.uint8)]
+    grid = np.concatenate([np.concatenate(list(row), 1) for row in rows])  # [64, 32 SHOWN, 3]
+    figure, axis = plt.subplots(figsize=(12, 2), layout="constrained")
+    axis.imshow(grid, interpolation="nearest")
+    axis.set(title=f"{title}: originals above, reconstructions below", xticks=[], yticks=[])
+    save(figure, "reconstructions.png")
+
+    fit = "bits_per_dim" if "bits_per_dim" in log[0] else "nmse"
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    label = {"bits_per_dim": "bits/dim", "nmse": "normalised MSE"}[fit]
+    names = {fit: label, "perplexity": "perplexity", "commitment_loss": "commitment loss"}
+    for axis, (key, label) in zip(axes, names.items(), strict=True):
+        axis.plot([line["step"] for line in log], [line[key] for line in log])
+        axis.set(xlabel="step", title=f"{label}, training batches")
+        axis.set_yscale("linear" if key == "perplexity" else "log")
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{dataset.name}, preset {config.preset}, seed {config.seed}")
+    save(figure, "curves.png")
+
+    figure = plt.figure(figsize=(12, 4.5), layout="constrained")
+    axes = figure.subplot_mosaic([list("abcdefgh"), ["usage"] * 8], height_ratios=[1, 1.3])
+    for name, image_codes in zip("abcdefgh", codes, strict=False):
+        axes[name].imshow(image_codes[..., 0], cmap="nipy_spectral", vmin=0, vmax=config.K - 1)
+        axes[name].set(xticks=[], yticks=[])
+    usage = np.sort(counts, -1)[:, ::-1] / counts.sum(-1, keepdims=True)  # [N, K]
+    axes["usage"].plot(usage.T, lw=0.8)
+    axes["usage"].axhline(1 / config.K, color="black", lw=0.8, ls=":")
+    axes["usage"].set(yscale="log", xlabel="codes of a slot, most used first", ylabel="frequency")
+    figure.suptitle(f"{title}: code maps of the first slot; use of the codes (dotted: uniform)")
+    save(figure, "codes.png")
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a new file's name beside `path` and moves it there: nobody sees half a file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write one JSON object, indented."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
+
+
+class Progress(NamedTuple):
+    """What a checkpoint holds: the state, the metrics since the last log line, the clock."""
+
+    state: TrainState
+    pending: dict  # name -> float32 [steps since the last log line]
+    seconds: float
+    compile_seconds: float
+
+
+def checkpoints(out):
+    """The checkpoints of a run folder, newest first."""
+    return sorted(out.glob("checkpoint-*.msgpack"), reverse=True)
+
+
+def save_checkpoint(out, progress):
+    """Write checkpoint-STEP.msgpack and keep the one before it; the file opens with its sha256."""
+    step = int(progress.state.step)
+    payload = flax.serialization.to_bytes(jax.device_get(progress))
+    with atomic(out / f"checkpoint-{step:09d}.msgpack") as part:
+        part.write_bytes(hashlib.sha256(payload).digest() + payload)
+    for old in checkpoints(out)[2:]:
+        old.unlink()
+
+
+def load_checkpoint(run, like):
+    """Progress from the newest checkpoint of a run folder, or from the checkpoint file `run`.
+
+    like: a Progress of the same shapes. Raises RunError for a damaged file; nothing is deleted.
+    """
+    files = checkpoints(run) if run.is_dir() else [run]
+    if not files:
+        raise RunError(f"{run} has no checkpoint yet: start that run again with another --out.")
+    content = files[0].read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        older = [f for f in checkpoints(files[0].parent) if f < files[0]]
+        remedy = f"continue from the one before it: --resume {older[0]}" if older else "start anew"
+        raise RunError(f"{files[0]} is damaged: {remedy}.")
+    return flax.serialization.from_bytes(like, content[32:])
+
+
+def claim(out, fresh):
+    """Make the run folder, or take an old one; holds a lock that dies with the process."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if fresh and any(out.iterdir()):
+            raise UsageError(f"--out {out} is not empty: name a new folder, or --resume {out}.")
+        lock = open(out / "lock", "w")
+    except OSError as error:
+        raise UsageError(f"cannot write to --out {out} ({error.strerror}): name another.") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"another run writes to {out}: wait for it, or name another.") from None
+    return lock
+
+
+def open_run(overrides, resume):
+    """Config, run folder and its lock: a new run, or the one that `resume` names."""
+    if not resume:
+        config = configure(overrides)
+        out = Path(config.out) if config.out else None
+        for n in range(1, 10**6) if out is None else ():
+            out = Path("runs") / f"{config.preset}-{n}"
+            if not out.exists():
+                break
+        return config, out, claim(out, fresh=True)
+    out = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    config = read_config(out)
+    for name, value in overrides.items():
+        if name not in ("data_dir", "out", "preset") and value != getattr(config, name):
+            raise UsageError(
+                f"--{name} {value} is not what the run in {out} has, {getattr(config, name)}: "
+                "leave the flag out, or start a new run."
+            )
+    if (out / "result.json").exists():
+        raise UsageError(f"the run in {out} is finished: measure it again with --eval {out}.")
+    config = dataclasses.replace(config, data_dir=overrides.get("data_dir", config.data_dir))
+    return config, out, claim(out, fresh=False)
+
+
+def read_config(out):
+    """The Config of a run folder; raises UsageError where there is none."""
+    try:
+        return Config(**json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UsageError(f"{out} is no run folder: it has no readable config.json.") from None
+
+
+def load(run, step_images=1):
+    """A run again: its Config, network, and parameters from the newest checkpoint.
+
+    run: a run folder, or a checkpoint file in one.
+    """
+    run = Path(run)
+    config = read_config(run if run.is_dir() else run.parent)
+    net = build(config)
+    images = np.zeros((step_images, 32, 32, 3), np.uint8)
+    shapes = jax.eval_shape(lambda: init_state(config, net, images))
+    progress = load_checkpoint(run, Progress(shapes, {}, 0.0, 0.0))
+    return config, net, progress.state.params
+
+
+def placements(config):
+    """How arrays lie on the devices: whole on each, or [count, batch] split over the batch."""
+    devices = jax.devices()[: math.gcd(config.batch, jax.device_count())]
+    mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "batch"))
+
+
+class Interrupt:
+    """While open, Ctrl-C and SIGTERM only set `.signal`; a second one stops at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        """Remember the first signal; give the next one its usual effect."""
+        self.signal = number
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *error):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def train(config, net, progress, dataset, out):
+    """The loop: from `progress` to the last step, or to a signal. Returns Progress and the log."""
+    whole, split = placements(config)
+    train_steps = make_train_steps(make_train_step(config, net, dataset.variance()))
+    images = jax.device_put(dataset.train, whole)
+    state = jax.device_put(progress.state, whole)
+    launch = 1 if jax.default_backend() == "cpu" else config.log_every
+    step, saved, compiled, waiting = int(state.step), time.monotonic(), {}, []
+    log, report = open_log(out, step), Report(config, step)
+    with Interrupt() as interrupt, report:
+        clock = time.perf_counter()
+        while step < config.steps:
+            to_log = config.log_every - step % config.log_every
+            count = min(launch, to_log, config.steps - step)
+            order = data.order(config.seed, len(dataset.train), config.batch, step, count)
+            index = jax.device_put(order, split)
+            if count not in compiled:
+                start = time.perf_counter()
+                compiled[count] = train_steps.lower(state, images, index).compile()
+                took = time.perf_counter() - start
+                progress = progress._replace(compile_seconds=progress.compile_seconds + took)
+                clock += took  # off the clock
+            state, metrics = compiled[count](state, images, index)
+            waiting.append(metrics)
+            step += count
+            report.advance(step)
+
+            logs = step % config.log_every == 0 or step == config.steps
+            due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+            if logs or due or interrupt.signal:
+                progress = collect(progress, state, waiting)
+                seconds = progress.seconds + time.perf_counter() - clock
+                progress, waiting = progress._replace(seconds=seconds), []
+                check_finite(config, progress.pending, step)
+                if logs:
+                    log.append(write_log(out, step, progress, log))
+                    report.line(log[-1])
+                    progress = progress._replace(pending={})
+                if due or interrupt.signal or step == config.steps:
+                    survive(lambda p=progress: save_checkpoint(out, p), "the checkpoint")
+                    saved = time.monotonic()
+                clock = time.perf_counter()
+            if interrupt.signal:
+                raise Interrupted(interrupt.signal, step, out)
+    return progress, log
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its checkpoint was written."""
+
+
+def collect(progress, state, waiting):
+    """Fetch the metrics of the last launches, which waits for them, beside those pending."""
+    fetched = jax.device_get(waiting)
+    names = fetched[0] if fetched else progress.pending
+    pending = {
+        name: np.concatenate([progress.pending.get(name, []), *(m[name] for m in fetched)])
+        for name in names
+    }
+    return progress._replace(state=state, pending=pending)
+
+
+def check_finite(config, pending, step):
+    """Raise RunError with the first step and term that is not a finite number."""
+    wrong = {name: np.flatnonzero(~np.isfinite(values)) for name, values in pending.items()}
+    wrong = {name: int(where[0]) for name, where in wrong.items() if len(where)}
+    if wrong:
+        first = min(wrong.values())
+        names = ", ".join(name for name, where in wrong.items() if where == first)
+        count = len(pending["loss"])
+        raise RunError(
+            f"step {step - count + first + 1}: {names} is no longer a finite number (learning rate "
+            f"{config.lr:g}). The last checkpoint stands. Try --lr {config.lr / 3:.1g}."
+        )
+
+
+def survive(write, what):
+    """Do a write; when the disk refuses, say so and let the run go on."""
+    try:
+        write()
+    except OSError as error:
+        print(
+            f"could not write {what} ({error.strerror}): the run goes on; free some space.",
+            file=sys.stderr,
+        )
+
+
+def open_log(out, step):
+    """Lines of log.jsonl up to `step`; later ones, which a killed run wrote, are dropped."""
+    path = out / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [line for line in lines if line["step"] <= step]
+    with atomic(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def write_log(out, step, progress, log):
+    """Append to log.jsonl the means since the last line; returns the line."""
+    before = log[-1] if log else {"step": 0, "seconds": 0.0}
+    ms = 1e3 * (progress.seconds - before["seconds"]) / (step - before["step"])
+    line = {name: float(np.mean(values)) for name, values in progress.pending.items()}
+    line = {"step": step, **line, "ms_per_step": ms, "seconds": progress.seconds}
+
+    def append():
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    survive(append, "a line of the log")
+    return line
+
+
+class Report:
+    """What the screen shows while training: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, config, step):
+        self.bar, self.config, self.header = None, config, True
+        if sys.stdout.isatty():
+            from rich import progress as rich
+
+            columns = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
+            self.bar = rich.Progress(*columns, rich.TextColumn("{task.description}"))
+            self.task = self.bar.add_task("compiling", total=config.steps, completed=step)
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+
+    def __exit__(self, *error):
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, step):
+        """Move the bar."""
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+
+    def line(self, line):
+        """Show one line of the log."""
+        fit = "bits_per_dim" if "bits_per_dim" in line else "nmse"
+        columns = {"step": "step", fit: fit, "perplexity": "perplexity",
+                   "commitment_loss": "commit", "ms_per_step": "ms/step",
+                   "seconds": "seconds"}  # fmt: skip
+        if self.bar:
+            text = f"{fit} {line[fit]:.4f}  perplexity {line['perplexity']:.0f}"
+            self.bar.update(self.task, description=text)
+            return
+        if self.header:
+            print(" ".join(f"{name:>12}" for name in columns.values()))
+            self.header = False
+        print(" ".join(f"{line[key]:12.5g}" for key in columns), flush=True)
+
+
+def hardware():
+    """The device in words: "2 cores of AMD EPYC", "1 NVIDIA H200"."""
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count()))
+    return f"{len(affinity(0))} cores of {name}"
+
+
+def peak_memory():
+    """Largest memory in MiB so far: of the GPU, or of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return round(stats.get("peak_bytes_in_use", resident) / 2**20)
+
+
+def measure(config, net, params, dataset, out, log):
+    """Evaluate, draw the pictures into `out`; returns the metrics."""
+    n = len(dataset.test)
+    print(f"measuring on {n:,} {dataset.split} images of {dataset.name}", flush=True)
+    metrics, counts, shown = evaluate(config, net, params, dataset)
+    survive(lambda: draw_pictures(out, config, dataset, log, counts, shown), "the pictures")
+    for name, value in metrics.items():
+        if value is not None and name != "perplexity_per_codebook":
+            print(f"  {name:22} {value:.6g}")
+    if config.dataset == "cifar10":
+        print(f"  published              {PUBLISHED[config.preset]}")
+    else:
+        print("  This is not CIFAR-10: the numbers say only that the kit works.")
+    return metrics
+
+
+def result_row(config, argv, progress, metrics, dataset):
+    """The row for result.json: what was run, where, how long it took, what it gave."""
+    ms = 1e3 * progress.seconds / config.steps
+    return {
+        "command": " ".join(["python train.py", *argv]),
+        "preset": config.preset,
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "likelihood": config.likelihood,
+        "steps": config.steps,
+        "batch": config.batch,
+        "seed": config.seed,
+        "train_seconds": round(progress.seconds, 1),
+        "compile_seconds": round(progress.compile_seconds, 1),
+        "ms_per_step": round(ms, 3),
+        "images_per_second": round(1e3 * config.batch / ms, 1),
+        **metrics,
+        "peak_memory_mib": peak_memory(),
+        "device": hardware(),
+        "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, np)},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run(argv):
+    """The whole program; raises UsageError, RunError, data.DataError or Interrupted."""
+    overrides, resume, again = parse(argv)
+    if again:
+        config, net, params = load(again)
+        dataset = data.load(config.dataset, overrides.get("data_dir", config.data_dir), config.val)
+        out = Path(again) if Path(again).is_dir() else Path(again).parent
+        metrics = measure(config, net, params, dataset, out, open_log(out, config.steps))
+        write_json(out / "eval.json", metrics)
+        return
+    config, out, lock = open_run(overrides, resume)
+    with lock:
+        why = "asked for" if "preset" in overrides else f"the default on {hardware()}"
+        print(f"preset {config.preset} ({why}), {config.steps:,} steps of {config.batch} images")
+        print(f"after: {PUBLISHED[config.preset]}; this run goes to {out}", flush=True)
+        dataset = data.load(config.dataset, config.data_dir, config.val)
+        n = len(dataset.train)
+        if config.batch > n:
+            raise UsageError(f"--batch {config.batch} is more than the {n} training images.")
+        net = build(config)
+        first = dataset.train[data.order(config.seed, n, config.batch, 0, 1)[0]]
+        progress = Progress(None, {}, 0.0, 0.0)
+        if resume:
+            shapes = jax.eval_shape(lambda: init_state(config, net, first))
+            progress = load_checkpoint(Path(resume), progress._replace(state=shapes))
+            print(f"continuing after step {int(progress.state.step):,}", flush=True)
+        else:
+            write_json(out / "config.json", dataclasses.asdict(config))
+            progress = progress._replace(state=init_state(config, net, first))
+        progress, log = train(config, net, progress, dataset, out)
+        metrics = measure(config, net, progress.state.params, dataset, out, log)
+        write_json(out / "result.json", result_row(config, argv, progress, metrics, dataset))
+        print(f"pictures, log and result.json are in {out}")
+
+
+def main(argv=None):
+    """Command line: 0 when done, 1 when the run failed, 2 for a wrong command, 128 + signal."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (RunError, data.DataError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        number, step, out = stop.args
+        print(f"stopped after step {step:,}; go on with --resume {out}", file=sys.stderr)
+        return 128 + number
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
