@@ -10,9 +10,12 @@ The letters are those of quantize.py; `outputs` holds what the likelihood asks f
 Parameters are float32; `dtype` is that of the activations.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import quantize
 
@@ -113,6 +116,7 @@ class VQVAE(nn.Module):
     hidden    channels at 8 x 8 (and, in the paper, at 16 x 16)
     residual  channels between the two convolutions of a residual block
     deepmind  the example's form: half the channels at 16 x 16, 3x3 convolutions into the blocks
+    patches   add a linear path beside the networks, between 4x4 patches and latents (pca_start)
     outputs   numbers at each pixel, as the likelihood asks
     """
 
@@ -123,6 +127,7 @@ class VQVAE(nn.Module):
     D: int
     shared: bool
     deepmind: bool
+    patches: bool
     outputs: int
     dtype: jnp.dtype
 
@@ -136,6 +141,9 @@ class VQVAE(nn.Module):
         self.codebook = self.param("codebook", quantize.init_codebook, S, self.K, self.D)
         self.decoder = Trunk(window=3 if self.deepmind else 1, **trunk)
         self.up = [Up(stem, self.dtype), Up(self.outputs, self.dtype)]
+        if self.patches:
+            self.patch_to_latent = nn.Dense(self.slots * self.D, dtype=self.dtype)
+            self.latent_to_patch = nn.Dense(16 * self.outputs, dtype=self.dtype)
 
     def __call__(self, images):
         """images uint8 [B, 32, 32, 3] -> outputs [B, 32, 32, outputs], z_e, Quantized."""
@@ -145,17 +153,22 @@ class VQVAE(nn.Module):
 
     def encode(self, images):
         """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
-        x = (images / 255.0 - 0.5).astype(self.dtype)
-        x = nn.relu(self.down[0](x))  # [B, 16, 16, stem]
+        pixels = (images / 255.0 - 0.5).astype(self.dtype)
+        x = nn.relu(self.down[0](pixels))  # [B, 16, 16, stem]
         x = self.down[1](x)  # [B, 8, 8, hidden]
         z = self.to_latent(self.encoder(nn.relu(x) if self.deepmind else x))  # [B, 8, 8, N D]
+        if self.patches:
+            z = z + self.patch_to_latent(to_patches(pixels))
         return z.reshape(*z.shape[:3], self.slots, self.D).astype(jnp.float32)
 
     def decode(self, z_q):
         """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], in the dtype of the activations."""
         z = z_q.reshape(*z_q.shape[:3], -1).astype(self.dtype)  # [B, 8, 8, N D]
         x = nn.relu(self.up[0](self.decoder(z)))  # [B, 16, 16, stem]
-        return self.up[1](x)  # [B, 32, 32, outputs]
+        outputs = self.up[1](x)  # [B, 32, 32, outputs]
+        if self.patches:
+            outputs = outputs + from_patches(self.latent_to_patch(z))
+        return outputs
 
     def to_codes(self, images):
         """images uint8 [B, 32, 32, 3] -> codes [B, 8, 8, N], int32."""
@@ -164,6 +177,80 @@ class VQVAE(nn.Module):
     def from_codes(self, codes):
         """codes [B, 8, 8, N] -> outputs [B, 32, 32, outputs]."""
         return self.decode(quantize.embed(codes, self.codebook))
+
+
+def to_patches(x):
+    """4x4 patches: [B, 32, 32, C] -> [B, 8, 8, 16 C]."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // 4, 4, W // 4, 4, C).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, H // 4, W // 4, 16 * C)
+
+
+def from_patches(x):
+    """The inverse of to_patches: [B, 8, 8, 16 C] -> [B, 32, 32, C]."""
+    B, h, w, _ = x.shape
+    x = x.reshape(B, h, w, 4, 4, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, 4 * h, 4 * w, -1)
+
+
+def pca_start(params, images, slots, K, key):
+    """Parameters with which step 0 is already a good quantiser of patches: see README, "fast".
+
+    The eigenvectors of the 48 x 48 covariance of 4x4 patches carry patches into the slots and back,
+    k-means makes the codebooks, and the last layers of both networks are zero: they only have to
+    learn what a linear map cannot. images: uint8 [n, 32, 32, 3], some thousand of them.
+    """
+    patches = np.asarray(to_patches(images / 255.0 - 0.5), np.float64)  # [n, 8, 8, 48]
+    flat = patches.reshape(-1, 48)
+    mean = flat.mean(0)
+    power, vectors = np.linalg.eigh(np.cov(flat.T))  # ascending
+    bits = waterfill(power, slots * math.log2(K))
+    D = params["codebook"].shape[-1]
+    basis, load, used = np.zeros((48, slots, D)), np.zeros(slots), np.zeros(slots, int)
+    for d in np.argsort(-bits)[: (bits > 0).sum()]:  # the next one to the slot with least to do
+        slot = np.where(used < D, load, np.inf).argmin()
+        basis[:, slot, used[slot]] = vectors[:, d]
+        load[slot] += bits[d]
+        used[slot] += 1
+    basis = basis.reshape(48, -1)  # [48, N D], orthonormal columns or zero ones
+
+    z_e = LATENT_SCALE * jnp.float32(patches - mean) @ jnp.float32(basis)
+    z_e = z_e.reshape(*z_e.shape[:3], slots, D)
+    codebook = quantize.kmeans(key, z_e, slots, K)
+    z_q = quantize.embed(quantize.lookup(z_e, codebook), codebook).reshape(*z_e.shape[:3], -1)
+    z_q = np.asarray(z_q, np.float64).reshape(len(flat), -1) / LATENT_SCALE
+    error = flat - mean - z_q @ basis.T
+    outputs = params["latent_to_patch"]["bias"].size // 16
+    bias, back = np.zeros((16, outputs)), np.zeros((slots * D, 16, outputs))
+    bias[:, :3], back[:, :, :3] = mean.reshape(16, 3), basis.T.reshape(-1, 16, 3) / LATENT_SCALE
+    bias[:, 3:] = logistic_start(255 * error.reshape(-1, 16, 3), outputs)
+    zero = lambda layer: jax.tree.map(jnp.zeros_like, params[layer])  # noqa: E731
+    return {
+        **params,
+        "to_latent": zero("to_latent"),
+        "up_1": zero("up_1"),
+        "codebook": codebook,
+        "patch_to_latent": dense(LATENT_SCALE * basis, -LATENT_SCALE * mean @ basis),
+        "latent_to_patch": dense(back.reshape(slots * D, -1), bias.reshape(-1)),
+    }
+
+
+LATENT_SCALE = 20.0  # holds the latents to their codes: with 1, the encoder runs away from them
+
+
+def dense(kernel, bias):
+    """Parameters of an nn.Dense."""
+    return {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}
+
+
+def waterfill(power, bits):
+    """Reverse water-filling: how many of `bits` each Gaussian of variance `power` gets: [n]."""
+    low, high = power.min() * 1e-9, power.max()
+    for _ in range(100):
+        level = math.sqrt(low * high)
+        share = np.maximum(0, 0.5 * np.log2(np.maximum(power, 1e-12) / level))
+        low, high = (level, high) if share.sum() > bits else (low, level)
+    return share
 
 
 def categorical(outputs, images, variance):
@@ -182,16 +269,53 @@ def logistic(outputs, images, variance):
     del variance
     mean, log_scale = jnp.split(outputs.astype(jnp.float32), 2, -1)  # [B, 32, 32, 3] each
     mean = 127.5 + 255 * mean  # grey levels
-    log_scale = jnp.clip(log_scale + jnp.log(16.0), -4, 6)  # an output of 0 is 16 grey levels
     return logistic_nll(images, mean, log_scale), jnp.clip(mean, 0, 255)
 
 
+def colours(outputs, images, variance):
+    """`logistic` with the colours of a pixel conditioned on one another: 9 outputs at a pixel.
+
+    p(r) p(g | r) p(b | r, g): red's error moves green's mean, red's and green's move blue's. This
+    is more than the paper's p(x | z_q), whose colours are independent. The reconstruction is z_q's.
+    """
+    del variance
+    mean, log_scale, slope = jnp.split(outputs.astype(jnp.float32), 3, -1)
+    mean = 127.5 + 255 * mean
+    error = images - mean
+    green = slope[..., 0] * error[..., 0]
+    blue = slope[..., 1] * error[..., 0] + slope[..., 2] * error[..., 1]
+    moved = mean + jnp.stack([jnp.zeros_like(green), green, blue], -1)
+    return logistic_nll(images, moved, log_scale), jnp.clip(mean, 0, 255)
+
+
+def logistic_start(error, outputs):
+    """What `logistic` and `colours` should say beside the mean, given its errors.
+
+    error [n, 16, 3] in grey levels, at each place of a patch -> [16, outputs - 3].
+    """
+    slopes = np.zeros((16, 3))
+    if outputs == 9:
+        error = error.copy()
+        red, green, blue = error[..., 0], error[..., 1].copy(), error[..., 2]
+        for i in range(16):
+            slopes[i, 0] = red[:, i] @ green[:, i] / (red[:, i] @ red[:, i])
+            both = np.stack([red[:, i], green[:, i]], -1)
+            slopes[i, 1:] = np.linalg.lstsq(both, blue[:, i], rcond=None)[0]
+        error[..., 2] -= slopes[:, 1] * red + slopes[:, 2] * green
+        error[..., 1] -= slopes[:, 0] * red
+    log_scale = np.log(error.std(0) * math.sqrt(3) / math.pi) - LOG_SCALE  # [16, 3]
+    return np.concatenate([log_scale, slopes], -1)[:, : outputs - 3]
+
+
+LOG_SCALE = math.log(16.0)  # an output of 0 is a scale of 16 grey levels
+
+
 def logistic_nll(x, mean, log_scale):
-    """-log p(x) of the discretised logistic, in nats, for x in 0..255; mean in grey levels.
+    """-log p(x) of the discretised logistic, in nats; x and mean in grey levels, x an integer.
 
     With s the logistic function, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): no cancellation.
     """
-    inverse = jnp.exp(-log_scale)
+    inverse = jnp.exp(-jnp.clip(log_scale + LOG_SCALE, -4, 6))
     above = jnp.where(x < 255, nn.log_sigmoid((x + 0.5 - mean) * inverse), 0.0)
     below = jnp.where(x > 0, nn.log_sigmoid((mean - x + 0.5) * inverse), 0.0)
     inner = jnp.where((x > 0) & (x < 255), jnp.log(-jnp.expm1(-inverse)), 0.0)
@@ -214,5 +338,6 @@ def gaussian(outputs, images, variance):
 LIKELIHOODS = {
     "categorical": (3 * 256, categorical, True),
     "logistic": (3 * 2, logistic, True),
+    "colours": (3 * 3, colours, True),
     "gaussian": (3, gaussian, False),
 }

@@ -165,3 +165,17 @@ def restart(key, ema, codebook, z_e, threshold):
     count = jnp.where(dead, 1.0, ema.count)
     total = jnp.where(dead[..., None], fresh, ema.total)
     return EMA(count, total), jnp.where(dead[..., None], fresh, codebook)
+
+
+def kmeans(key, z_e, S, K, rounds=10):
+    """Codebooks [S, K, D] by k-means of z_e [n, h, w, N, D]. A round is an EMA step of gamma 0."""
+
+    @jax.jit
+    def one_round(key, e):
+        ema, e = ema_update(ema_init(e), e, z_e, lookup(z_e, e), 0.0)
+        return restart(key, ema, e, z_e, 0.5)[1]
+
+    e = draw(key, z_e, S, K)
+    for i in range(rounds):
+        e = one_round(jax.random.fold_in(key, i), e)
+    return e

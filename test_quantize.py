@@ -121,7 +121,9 @@ def test_no_array_of_all_differences(backend, monkeypatch):
                 if hasattr(inner, "eqns"):
                     visit(inner)
 
-    total = lambda z, e: sum(jnp.sum(x) for x in quantize.quantize(z, e) if x.dtype == z.dtype)  # noqa: E731
+    def total(z, e):
+        return sum(jnp.sum(x) for x in quantize.quantize(z, e) if x.dtype == z.dtype)
+
     visit(jax.make_jaxpr(jax.grad(total, (0, 1)))(z_e, codebook).jaxpr)
     assert 0 < largest <= max(z_e[..., 0].size * 64, codebook.size) < z_e.size * 64 / 10
 
@@ -212,7 +214,9 @@ def test_restart_moves_vector_sum_and_count():
     outputs = np.asarray(z_e).reshape(-1, 4)
     assert (np.asarray(e[0, 1]) == outputs).all(-1).any()
     np.testing.assert_array_equal(after.total[0, 1], e[0, 1])
-    assert after.count[0, 1] == 1 and (after.count[0, jnp.array([0, 2])] == ema.count[0, [0, 2]]).all()
+    assert (
+        after.count[0, 1] == 1 and (after.count[0, jnp.array([0, 2])] == ema.count[0, [0, 2]]).all()
+    )
     elsewhere = jnp.zeros((8, 3, 2, 1), jnp.int32)  # nobody uses code 1
     _, later = quantize.ema_update(after, e, z_e, elsewhere, 0.99)
     np.testing.assert_allclose(later[0, 1], e[0, 1], rtol=1e-5)
@@ -256,7 +260,9 @@ def test_rewritten_layers_equal_stock_layers(ours, stock):
     ours, stock = ours(7, jnp.float32), stock(7, (4, 4), (2, 2))
     params = ours.init(jax.random.key(1), x)
     params = jax.tree.map(lambda p: p + 0.1, params)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, stock.init(jax.random.key(1), x))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+        jnp.shape, stock.init(jax.random.key(1), x)
+    )
     y = stock.apply(params, x)
     upstream = jax.random.normal(jax.random.key(2), y.shape)
     np.testing.assert_allclose(ours.apply(params, x), y, atol=1e-4)
@@ -333,37 +339,58 @@ def test_quantiser_stays_float32():
 # Likelihoods
 
 
-def every_value(outputs_at_pixel, name):
-    """-log p of each of the 256 values under the same random outputs: [256, 3 pixels, 3]."""
-    rng = np.random.default_rng(0)
-    outputs = rng.normal(size=(1, 1, 3, outputs_at_pixel)).astype(np.float32) * 0.4
-    outputs = np.repeat(outputs, 256, 0)
-    images = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None, None], (256, 1, 3, 3))
-    return outputs, np.asarray(model.LIKELIHOODS[name][1](outputs, images, 1.0)[0])[:, 0]
+def every_value(name, channel):
+    """-log p of each value of one colour, the others fixed: outputs at a pixel, nll [256]."""
+    rng = np.random.default_rng(channel)
+    outputs = rng.normal(size=(1, 1, 1, model.LIKELIHOODS[name][0])).astype(np.float32) * 0.4
+    images = np.full((256, 1, 1, 3), 100, np.uint8)
+    images[..., channel] = np.arange(256)[:, None, None]
+    nll, _ = model.LIKELIHOODS[name][1](np.repeat(outputs, 256, 0), images, 1.0)
+    return np.float64(outputs[0, 0, 0]), np.float64(nll)[:, 0, 0, channel]
 
 
+@pytest.mark.parametrize("channel", range(3))
 @pytest.mark.parametrize("name", [n for n, row in model.LIKELIHOODS.items() if row[2]])
-def test_likelihood_sums_to_one(name):
-    _, nll = every_value(model.LIKELIHOODS[name][0], name)
-    np.testing.assert_allclose(np.exp(-np.float64(nll)).sum(0), 1.0, rtol=1e-5)
+def test_likelihood_sums_to_one(name, channel):
+    """Over the 256 values of each colour, given the colours before it."""
+    np.testing.assert_allclose(np.exp(-every_value(name, channel)[1]).sum(), 1.0, rtol=1e-5)
 
 
-def test_categorical_against_float64():
-    outputs, nll = every_value(768, "categorical")
-    logits = np.float64(outputs[0, 0]).reshape(3, 3, 256)
-    expected = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
-    np.testing.assert_allclose(nll, expected.transpose(2, 0, 1), rtol=1e-5)
+def test_later_colours_do_not_move_earlier_ones():
+    """`colours` is p(r) p(g | r) p(b | r, g), or it would not be a probability."""
+    outputs = np.random.default_rng(0).normal(size=(1, 1, 1, 9)).astype(np.float32)
+
+    def at(*rgb):
+        return model.colours(outputs, np.uint8(rgb).reshape(1, 1, 1, 3), 1.0)[0][0, 0, 0]
+
+    assert at(9, 9, 9)[0] == at(9, 200, 77)[0] and at(9, 9, 9)[1] == at(9, 9, 77)[1]
+    assert at(9, 9, 9)[1] != at(8, 9, 9)[1] and at(9, 9, 9)[2] != at(9, 8, 9)[2]
 
 
-def test_logistic_against_float64():
-    outputs, nll = every_value(6, "logistic")
-    mean, log_scale = 127.5 + 255 * np.float64(outputs[0, 0, :, :3]), np.float64(outputs[0, 0, :, 3:])
-    scale = np.exp(log_scale + np.log(16.0))
-    cdf = lambda x, sign: 1 / (1 + np.exp(-sign * (x - mean) / scale))  # noqa: E731
-    for x in range(256):
-        below = (1 if x == 255 else cdf(x + 0.5, 1)) - (0 if x == 0 else cdf(x - 0.5, 1))
-        above = (1 if x == 0 else cdf(x - 0.5, -1)) - (0 if x == 255 else cdf(x + 0.5, -1))
-        p = np.where(x < mean, below, above)  # the tail that does not cancel
+@pytest.mark.parametrize("channel", range(3))
+def test_categorical_against_float64(channel):
+    outputs, nll = every_value("categorical", channel)
+    logits = outputs.reshape(3, 256)[channel]
+    np.testing.assert_allclose(nll, np.log(np.exp(logits).sum()) - logits, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["logistic", "colours"])
+@pytest.mark.parametrize("channel", range(3))
+def test_logistics_against_float64(name, channel):
+    """At 0, at 255 and between; under `colours` the errors of the fixed colours move the mean."""
+    outputs, nll = every_value(name, channel)
+    means = 127.5 + 255 * outputs[:3]
+    mean, scale = means[channel], 16 * np.exp(outputs[3 + channel])
+    if name == "colours":
+        slopes = {0: [], 1: outputs[6:7], 2: outputs[7:9]}[channel]
+        mean += sum(slope * (100 - means[c]) for c, slope in enumerate(slopes))
+    below = lambda x: 1 / (1 + np.exp(-(x - mean) / scale))  # noqa: E731
+    above = lambda x: 1 / (1 + np.exp((x - mean) / scale))  # noqa: E731
+    for x in range(256):  # from the tail that does not cancel
+        if x < mean:
+            p = (1 if x == 255 else below(x + 0.5)) - (0 if x == 0 else below(x - 0.5))
+        else:
+            p = (1 if x == 0 else above(x - 0.5)) - (0 if x == 255 else above(x + 0.5))
         np.testing.assert_allclose(nll[x], -np.log(p), rtol=2e-4)
 
 
@@ -392,6 +419,46 @@ def test_normalised_mse_of_the_mean_is_one():
     assert float(nmse.mean()) == pytest.approx(1, rel=1e-5)
 
 
+# The data-dependent start
+
+
+def test_waterfill():
+    """Shares are those of the definition, sum to the bits, and weak dimensions get none."""
+    power = np.array([100.0, 25.0, 4.0, 0.01])
+    share = model.waterfill(power, 6.0)
+    assert share.sum() == pytest.approx(6, abs=1e-6) and share[3] == 0
+    np.testing.assert_allclose(np.diff(share[:3]), 0.5 * np.log2([25 / 100, 4 / 25]), atol=1e-6)
+
+
+def test_kmeans_finds_clusters():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(1, 8, 2)) * 20
+    z_e = centres[0][rng.integers(0, 8, (4, 8, 8, 1))] + 0.01 * rng.normal(size=(4, 8, 8, 1, 2))
+    e = quantize.kmeans(jax.random.key(0), jnp.float32(z_e), 1, 8)
+    found = np.sqrt(((np.asarray(e)[0][:, None] - centres[0]) ** 2).sum(-1)).min(0)
+    assert (found < 0.1).sum() >= 6  # k-means may put two codes into one cluster
+
+
+def test_patches_and_back():
+    x = np.arange(2 * 32 * 32 * 3.0).reshape(2, 32, 32, 3)
+    patches = model.to_patches(x)
+    np.testing.assert_array_equal(patches[1, 2, 3].reshape(4, 4, 3), x[1, 8:12, 12:16])
+    np.testing.assert_array_equal(model.from_patches(patches), x)
+
+
+@pytest.mark.parametrize("likelihood", ["logistic", "colours"])
+def test_pca_start_is_a_patch_quantiser(likelihood):
+    """Step 0 quantises with the eigenvectors: far below a stock start, and as k-means says."""
+    dataset = data.load("photo", "unused", val=False)
+    images, bits = dataset.train[::20], {}
+    held = data.Dataset(images, dataset.test[:100], "photo", "test")
+    for init in ("pca", "random"):
+        config, net = tiny("fast", init=init, likelihood=likelihood, slots=4, K=32)
+        state = train.init_state(config, net, images)
+        bits[init] = train.evaluate(config, net, state.params, held)[0]["bits_per_dim"]
+    assert bits["pca"] < bits["random"] - 1
+
+
 # One step, and measuring
 
 
@@ -418,9 +485,7 @@ def test_beta_reaches_only_the_encoder():
         state = train.init_state(config, net, pictures())
         after.append(jax.jit(train.make_train_step(config, net, 0.06))(state, pictures())[0].params)
     np.testing.assert_array_equal(after[0]["codebook"], after[1]["codebook"])
-    np.testing.assert_array_equal(
-        after[0]["up_1"]["kernel"], after[1]["up_1"]["kernel"]
-    )
+    np.testing.assert_array_equal(after[0]["up_1"]["kernel"], after[1]["up_1"]["kernel"])
     assert not np.array_equal(after[0]["down_0"]["kernel"], after[1]["down_0"]["kernel"])
 
 
@@ -438,7 +503,9 @@ def test_many_steps_in_one_launch_are_the_same_steps(monkeypatch):
         state = train.init_state(config, net, images[:8])
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda backend=backend: backend)
-            state, metrics = train.make_train_steps(step)(state, jnp.array(images), jnp.array(index))
+            state, metrics = train.make_train_steps(step)(
+                state, jnp.array(images), jnp.array(index)
+            )
         np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-4)
         for mine, theirs in zip(*map(jax.tree.leaves, (state, expected)), strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-4)
@@ -543,7 +610,9 @@ def start(tmp_path, *flags, out="run"):
 def read_log(run):
     """log.jsonl without its times."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "ms_per_step")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "ms_per_step")} for line in lines
+    ]
 
 
 def read_result(run):
@@ -582,7 +651,9 @@ def test_a_run_writes_all_it_promises(finished):
         psnr perplexity codes_used device versions date"""
     assert set(promised.split()) <= set(row)
     assert row["dataset"] == "photo (not CIFAR-10)" and row["steps"] == 6 and row["seed"] == 0
-    assert all(math.isfinite(row[name]) for name in ("bits_per_dim", "bits_per_dim_unigram", "psnr"))
+    assert all(
+        math.isfinite(row[name]) for name in ("bits_per_dim", "bits_per_dim_unigram", "psnr")
+    )
     assert row["train_seconds"] >= 0 and row["compile_seconds"] > 0
     assert [line["step"] for line in read_log(finished)] == [3, 6]
     for name in ("reconstructions", "curves", "codes"):
@@ -595,7 +666,12 @@ def test_a_gaussian_has_no_bits(tmp_path, capsys):
     assert start(tmp_path, "--likelihood=gaussian", "--codebook=ema", "--restart=0.1",
                  "--init=data", "--shared", "--flip", "--val") == 0  # fmt: skip
     row = read_result(tmp_path / "run")
-    assert row["split"] == "val" and row["bits_per_dim"] is None and row["bits_per_dim_unigram"] is None and row["nmse"] > 0
+    assert (
+        row["split"] == "val"
+        and row["bits_per_dim"] is None
+        and row["bits_per_dim_unigram"] is None
+        and row["nmse"] > 0
+    )
     assert "This is not CIFAR-10" in capsys.readouterr().out
 
 
@@ -626,14 +702,12 @@ def test_a_loaded_run_codes_and_decodes(finished):
 def test_stopped_and_resumed(finished, tmp_path, monkeypatch, capsys, number, code):
     """A signal at step 4, between two log lines, saves; the resumed run ends as if left alone."""
     with monkeypatch.context() as patch:
-        advance = train.Report.advance
 
-        def stop(self, step):
-            advance(self, step)
-            if step == 4:
-                os.kill(os.getpid(), number)
+        @contextlib.contextmanager
+        def stop(config, step):
+            yield lambda step, line: os.kill(os.getpid(), number) if step == 4 else None
 
-        patch.setattr(train.Report, "advance", stop)
+        patch.setattr(train, "display", stop)
         assert start(tmp_path) == code
     run = tmp_path / "run"
     assert f"--resume {run}" in capsys.readouterr().err and not (run / "result.json").exists()
@@ -662,7 +736,9 @@ def test_damaged_checkpoint(finished, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite(tmp_path, capsys):
-    assert start(tmp_path, "--lr=1000", "--steps=60", "--log_every=20", "--likelihood=gaussian") == 1
+    assert (
+        start(tmp_path, "--lr=1000", "--steps=60", "--log_every=20", "--likelihood=gaussian") == 1
+    )
     message = capsys.readouterr().err
     assert "step " in message and "loss" in message and "1000" in message and "--lr" in message
 
@@ -851,7 +927,8 @@ def test_batches_are_read_once_and_cached(cifar, monkeypatch):
 
 def test_a_cached_start_imports_no_torch(cifar):
     data.cifar10(cifar)
-    code = f"import data, sys; data.load('cifar10', {str(cifar)!r}, False); print('torch' in sys.modules)"
+    code = f"import data, sys; data.load('cifar10', {str(cifar)!r}, False)"
+    code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert done.stdout.strip() == "False", done.stderr
 
@@ -895,7 +972,9 @@ def test_faulty_cache(tmp_path, capsys, fault):
         arrays["train"] = np.array([Evil(tmp_path / "executed")], object)
     np.savez(cache, **({"train": small} if fault == "other" else arrays))
     whole = cache.read_bytes()
-    cache.write_bytes({"garbage": b"PK nonsense", "empty": b"", "truncated": whole[:900]}.get(fault, whole))
+    cache.write_bytes(
+        {"garbage": b"PK nonsense", "empty": b"", "truncated": whole[:900]}.get(fault, whole)
+    )
     before = cache.read_bytes()
     assert str(cache) in refuse(tmp_path, capsys)
     assert cache.read_bytes() == before and not (tmp_path / "executed").exists()
@@ -947,6 +1026,7 @@ def test_bad_servers(tmp_path, monkeypatch, capsys, answer):
         connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as server:
+
         def accept():
             with contextlib.suppress(OSError):
                 while True:

@@ -41,6 +41,7 @@ import model
 import quantize
 
 SHOWN = 16  # test images in the pictures
+START_IMAGES = 1000  # what a data-dependent start looks at
 EVAL_BATCH = 100
 PIXELS = 32 * 32 * 3  # what bits/dim divides by
 
@@ -66,7 +67,8 @@ TINY = 1e-12  # stands for "above zero"
 class Config:
     """One field, one flag. The defaults are the paper's (section 4.1)."""
 
-    preset: str = flag("auto", "where the other defaults come from", ["auto", "paper", "notebook"])
+    preset: str = flag("auto", "where the other defaults come from",
+                       ["auto", "paper", "notebook", "fast"])  # fmt: skip
     dataset: str = flag("cifar10", "images to train on", list(data.DATASETS))
     data_dir: str = flag("data", "folder with CIFAR-10, or to fetch it into")
     val: bool = flag(False, "measure on the last tenth of the training images, held out")
@@ -81,11 +83,13 @@ class Config:
     likelihood: str = flag("categorical", "p(x | z_q)", list(model.LIKELIHOODS))
     codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", low=0.0, high=1 - 1e-9)
-    restart: float = flag(0.0, "EMA: move codes used less often a batch than this", low=0.0, high=1e6)
-    init: str = flag("random", "codebook before step 1: random, or encoder outputs (data)",
-                     ["random", "data"])  # fmt: skip
+    restart: float = flag(0.0, "EMA: move codes used less a batch than this", low=0.0, high=1e6)
+    init: str = flag("random", "start: random; codebook from the first batch (data); or linear "
+                     "patch quantiser (pca)", ["random", "data", "pca"])  # fmt: skip
     beta: float = flag(0.25, "weight of the commitment loss", low=0.0, high=1e6)
     lr: float = flag(2e-4, "Adam's learning rate", low=TINY, high=1e3)
+    decay: float = flag(0.0, "last part of the run, over which lr falls linearly to 0", low=0.0,
+                        high=1.0)  # fmt: skip
     batch: int = flag(128, "images a step", low=1)
     steps: int = flag(250_000, "length of the run", low=1, high=10**9)
     seed: int = flag(0, "of the weights and of the order of the images", low=0, high=2**31 - 1)
@@ -98,6 +102,11 @@ class Config:
 
 PRESETS = {
     "paper": {},
+    "fast": {
+        "hidden": 128, "residual": 32, "deepmind": True, "D": 16, "likelihood": "colours",
+        "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 2.0, "lr": 6e-4, "decay": 0.7,
+        "batch": 64, "steps": 4000, "flip": True,
+    },
     "notebook": {
         "slots": 1, "hidden": 128, "residual": 32, "deepmind": True, "likelihood": "gaussian",
         "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
@@ -106,6 +115,7 @@ PRESETS = {
 
 # What a preset is after, and where that number comes from.
 PUBLISHED = {
+    "fast": "4.67 bits/dim (arXiv 1711.00937, colours independent given z_q)",
     "paper": "4.67 bits/dim (arXiv 1711.00937, section 4.1)",
     "notebook": "normalised MSE .056, perplexity 326 (DeepMind's notebook, on training batches)",
 }
@@ -131,7 +141,7 @@ def parse(argv):
     overrides = vars(parser.parse_args(argv))
     resume, again = overrides.pop("resume"), overrides.pop("eval")
     if "" in (resume, again) or (resume and again):
-        raise UsageError("give one run folder to --resume or to --eval, such as --eval runs/paper-1.")
+        raise UsageError("give one run folder to --resume or --eval, such as --eval runs/paper-1.")
     if again and set(overrides) - {"data_dir"}:
         raise UsageError("--eval takes its settings from the run: only --data_dir goes beside it.")
     return overrides, resume, again
@@ -182,27 +192,42 @@ def build(config):
         D=config.D,
         shared=config.shared,
         deepmind=config.deepmind,
+        patches=config.init == "pca",
         outputs=model.LIKELIHOODS[config.likelihood][0],
         dtype=jnp.dtype(dtype),
     )
 
 
+def make_optimizer(config):
+    """Adam, its learning rate constant and then, over the last `decay` of the run, falling to 0."""
+    falling = max(1, round(config.decay * config.steps))
+    schedule = optax.linear_schedule(config.lr, 0.0, falling, config.steps - falling)
+    return optax.adam(schedule if config.decay else config.lr)
+
+
 def init_state(config, net, images):
-    """TrainState before step 1; images uint8 [B, 32, 32, 3] are the first batch."""
+    """TrainState before step 1; images uint8 [n, 32, 32, 3] are those of the first steps.
+
+    None for the images leaves out what depends on the data, for a state of the same shapes.
+    """
     key = jax.random.key(config.seed, impl="rbg")  # the default one takes seconds more to compile
-    params = jax.jit(net.init)(key, images)["params"]
-    if config.init == "data":
-        z_e = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, images)
-        S, K, _ = params["codebook"].shape
+    params = jax.jit(net.init)(key, np.zeros((1, 32, 32, 3), np.uint8))["params"]
+    S, K, _ = params["codebook"].shape
+    start = "random" if images is None else config.init
+    if start == "data":
+        first = images[: config.batch]
+        z_e = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, first)
         params["codebook"] = quantize.draw(jax.random.fold_in(key, 1), z_e, S, K)
+    if start == "pca":
+        params = model.pca_start(params, images, S, K, jax.random.fold_in(key, 1))
     ema = quantize.ema_init(params["codebook"]) if config.codebook == "ema" else ()
-    return TrainState(jnp.int32(0), params, optax.adam(config.lr).init(params), ema)
+    return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), ema)
 
 
 def make_train_step(config, net, variance):
     """The update: `state, metrics = train_step(state, images)`, images uint8 [B, 32, 32, 3]."""
     _, likelihood, exact = model.LIKELIHOODS[config.likelihood]
-    optimizer = optax.adam(config.lr)
+    optimizer = make_optimizer(config)
 
     def loss_fn(params, images):
         outputs, z_e, q = net.apply({"params": params}, images)
@@ -495,7 +520,7 @@ def read_config(out):
         raise UsageError(f"{out} is no run folder: it has no readable config.json.") from None
 
 
-def load(run, step_images=1):
+def load(run):
     """A run again: its Config, network, and parameters from the newest checkpoint.
 
     run: a run folder, or a checkpoint file in one.
@@ -503,8 +528,7 @@ def load(run, step_images=1):
     run = Path(run)
     config = read_config(run if run.is_dir() else run.parent)
     net = build(config)
-    images = np.zeros((step_images, 32, 32, 3), np.uint8)
-    shapes = jax.eval_shape(lambda: init_state(config, net, images))
+    shapes = jax.eval_shape(lambda: init_state(config, net, None))
     return config, net, load_checkpoint(run, shapes).state.params
 
 
@@ -515,23 +539,26 @@ def placements(config):
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "batch"))
 
 
-class Interrupt:
-    """While open, Ctrl-C and SIGTERM only set `.signal`; a second one stops at once."""
+@contextlib.contextmanager
+def signals():
+    """Yields a list that the first Ctrl-C or SIGTERM is put into; a second one stops at once."""
+    numbers, caught = (signal.SIGINT, signal.SIGTERM), []
+    before = [signal.getsignal(number) for number in numbers]
 
-    def __enter__(self):
-        self.signal = 0
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def restore():
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
-    def note(self, number, frame):
-        """Remember the first signal; give the next one its usual effect."""
-        self.signal = number
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+    def note(number, frame):
+        caught.append(number)
+        restore()
 
-    def __exit__(self, *error):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore()
 
 
 def train(config, net, progress, dataset, out):
@@ -542,8 +569,8 @@ def train(config, net, progress, dataset, out):
     state = jax.device_put(progress.state, whole)
     launch = 1 if jax.default_backend() == "cpu" else config.log_every
     step, saved, compiled, waiting = int(state.step), time.monotonic(), {}, []
-    log, report = open_log(out, step), Report(config, step)
-    with Interrupt() as interrupt, report:
+    log = open_log(out, step)
+    with signals() as caught, display(config, step) as show:
         clock = time.perf_counter()
         while step < config.steps:
             to_log = config.log_every - step % config.log_every
@@ -559,25 +586,25 @@ def train(config, net, progress, dataset, out):
             state, metrics = compiled[count](state, images, index)
             waiting.append(metrics)
             step += count
-            report.advance(step)
+            show(step, None)
 
             logs = step % config.log_every == 0 or step == config.steps
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-            if logs or due or interrupt.signal:
+            if logs or due or caught:
                 progress = collect(progress, state, waiting)
                 seconds = progress.seconds + time.perf_counter() - clock
                 progress, waiting = progress._replace(seconds=seconds), []
                 check_finite(config, progress.pending, step)
                 if logs:
                     log.append(write_log(out, step, progress, log))
-                    report.line(log[-1])
+                    show(step, log[-1])
                     progress = progress._replace(pending={})
-                if due or interrupt.signal or step == config.steps:
+                if due or caught or step == config.steps:
                     survive(lambda p=progress: save_checkpoint(out, p), "the checkpoint")
                     saved = time.monotonic()
                 clock = time.perf_counter()
-            if interrupt.signal:
-                raise Interrupted(interrupt.signal, step, out)
+            if caught:
+                raise Interrupted(caught[0], step, out)
     return progress, log
 
 
@@ -646,45 +673,36 @@ def write_log(out, step, progress, log):
     return line
 
 
-class Report:
-    """What the screen shows while training: a bar on a terminal, plain lines elsewhere."""
+@contextlib.contextmanager
+def display(config, step):
+    """Yields show(step, line of the log or None): a bar on a terminal, plain lines elsewhere."""
+    columns = ("step", "bits_per_dim", "nmse", "perplexity", "commitment_loss", "ms_per_step")
+    if sys.stdout.isatty():
+        from rich import progress as rich
 
-    def __init__(self, config, step):
-        self.bar, self.config, self.header = None, config, True
-        if sys.stdout.isatty():
-            from rich import progress as rich
+        parts = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
+        with rich.Progress(*parts, rich.TextColumn("{task.description}")) as bar:
+            task = bar.add_task("compiling", total=config.steps, completed=step)
 
-            columns = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
-            self.bar = rich.Progress(*columns, rich.TextColumn("{task.description}"))
-            self.task = self.bar.add_task("compiling", total=config.steps, completed=step)
+            def show(step, line):
+                bar.update(task, completed=step)
+                if line:
+                    shown = [f"{name} {line[name]:.4g}" for name in columns[1:] if name in line]
+                    bar.update(task, description="  ".join(shown))
 
-    def __enter__(self):
-        if self.bar:
-            self.bar.start()
+            yield show
+        return
 
-    def __exit__(self, *error):
-        if self.bar:
-            self.bar.stop()
+    header = []
 
-    def advance(self, step):
-        """Move the bar."""
-        if self.bar:
-            self.bar.update(self.task, completed=step)
+    def show(step, line):
+        if line:
+            names = [name for name in columns if name in line]
+            if not header:
+                header.append(print(" ".join(f"{name:>15}" for name in names)))
+            print(" ".join(f"{line[name]:15.5g}" for name in names), flush=True)
 
-    def line(self, line):
-        """Show one line of the log."""
-        fit = "bits_per_dim" if "bits_per_dim" in line else "nmse"
-        columns = {"step": "step", fit: fit, "perplexity": "perplexity",
-                   "commitment_loss": "commit", "ms_per_step": "ms/step",
-                   "seconds": "seconds"}  # fmt: skip
-        if self.bar:
-            text = f"{fit} {line[fit]:.4f}  perplexity {line['perplexity']:.0f}"
-            self.bar.update(self.task, description=text)
-            return
-        if self.header:
-            print(" ".join(f"{name:>12}" for name in columns.values()))
-            self.header = False
-        print(" ".join(f"{line[key]:12.5g}" for key in columns), flush=True)
+    yield show
 
 
 def hardware():
@@ -767,14 +785,14 @@ def run(argv):
         if config.batch > n:
             raise UsageError(f"--batch {config.batch} is more than the {n} training images.")
         net = build(config)
-        first = dataset.train[data.order(config.seed, n, config.batch, 0, 1)[0]]
         if resume:
-            shapes = jax.eval_shape(lambda: init_state(config, net, first))
+            shapes = jax.eval_shape(lambda: init_state(config, net, None))
             progress = load_checkpoint(Path(resume), shapes)
             print(f"continuing after step {int(progress.state.step):,}", flush=True)
         else:
             write_json(out / "config.json", dataclasses.asdict(config))
-            progress = Progress(init_state(config, net, first), {}, 0.0, 0.0)
+            first = data.order(config.seed, n, max(config.batch, START_IMAGES), 0, 1)[0]
+            progress = Progress(init_state(config, net, dataset.train[first]), {}, 0.0, 0.0)
         progress, log = train(config, net, progress, dataset, out)
         metrics = measure(config, net, progress.state.params, dataset, out, log)
         write_json(out / "result.json", result_row(config, argv, progress, metrics, dataset))
@@ -796,7 +814,7 @@ def main(argv=None):
         print(f"stopped after step {step:,}; go on with --resume {out}", file=sys.stderr)
         return 128 + number
     except OSError as error:
-        print(f"train.py: {error.filename}: {error.strerror}; nothing was deleted.", file=sys.stderr)
+        print(f"train.py: {error.filename}: {error.strerror}; nothing deleted.", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
