@@ -2,14 +2,15 @@
 
     x [B, 32, 32, 3] -> Encoder -> z_e [B, 8, 8, N, D] -> quantize -> z_q -> Decoder -> outputs
 
-    encoder   two 4x4 convolutions of stride 2, two residual blocks, a 1x1 convolution to N x D
-    decoder   the mirror: two residual blocks, two 4x4 transposed convolutions of stride 2
-    likelihood   outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
+    Encoder   two 4x4 convolutions of stride 2, two residual blocks, a 1x1 convolution to N x D
+    Decoder   the mirror: two residual blocks, two 4x4 transposed convolutions of stride 2
+    likelihood  outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
 
 The letters are those of quantize.py; `outputs` holds what the likelihood asks for at each pixel.
 Parameters are float32; `dtype` is that of the activations.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -90,60 +91,127 @@ class Residual(nn.Module):
         return x + nn.Conv(self.hidden, (1, 1), dtype=self.dtype)(nn.relu(y))
 
 
-class Trunk(nn.Module):
-    """What stands at 8 x 8 on both sides: [B, h, w, C] -> [B, h, w, hidden].
+def residual_blocks(x, net):
+    """The blocks of an encoder or decoder `net`, and a ReLU: [B, h, w, hidden] -> the same."""
+    for _ in range(net.blocks):
+        x = Residual(net.hidden, net.residual, net.dtype)(x)
+    return nn.relu(x)
 
-    A convolution in (3x3 in DeepMind's example, 1x1 or none in the paper) and two residual blocks.
+
+class Encoder(nn.Module):
+    """Section 4.1: x [B, 32, 32, 3] -> [B, 8, 8, features].
+
+    In DeepMind's published example the first layer has half the channels, and a 3x3 convolution
+    stands before the blocks.
     """
 
+    features: int
     hidden: int
     residual: int
-    window: int  # of the convolution in; 0 for none
+    blocks: int
+    dtype: jnp.dtype
+    deepmind: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        stem = self.hidden // 2 if self.deepmind else self.hidden
+        x = nn.relu(Down(stem, self.dtype)(x))  # [B, 16, 16, stem]
+        x = Down(self.hidden, self.dtype)(x)  # [B, 8, 8, hidden]
+        if self.deepmind:
+            x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(nn.relu(x))
+        return nn.Conv(self.features, (1, 1), dtype=self.dtype)(residual_blocks(x, self))
+
+
+class Decoder(nn.Module):
+    """The mirror: z [B, 8, 8, N D] -> [B, 32, 32, features]."""
+
+    features: int
+    hidden: int
+    residual: int
+    blocks: int
+    dtype: jnp.dtype
+    deepmind: bool = False
+
+    @nn.compact
+    def __call__(self, z):
+        stem, window = (self.hidden // 2, (3, 3)) if self.deepmind else (self.hidden, (1, 1))
+        x = nn.Conv(self.hidden, window, dtype=self.dtype)(z)  # [B, 8, 8, hidden]
+        x = nn.relu(Up(stem, self.dtype)(residual_blocks(x, self)))  # [B, 16, 16, stem]
+        return Up(self.features, self.dtype)(x)  # [B, 32, 32, features]
+
+
+class PatchEncoder(nn.Module):
+    """Not the paper's: all at 8 x 8, on 4x4 patches, a linear map beside the network."""
+
+    features: int
+    hidden: int
+    residual: int
+    blocks: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
-        if self.window:
-            x = nn.Conv(self.hidden, (self.window, self.window), dtype=self.dtype)(x)
-        for _ in range(2):
-            x = Residual(self.hidden, self.residual, self.dtype)(x)
-        return nn.relu(x)
+        x = to_patches(x)  # [B, 8, 8, 48]
+        h = residual_blocks(nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(x), self)
+        layer = functools.partial(nn.Dense, self.features, dtype=self.dtype)
+        return layer(name="linear")(x) + layer(name="last")(h)  # [B, 8, 8, features]
+
+
+class PatchDecoder(nn.Module):
+    """The mirror: z [B, 8, 8, N D] -> [B, 32, 32, features]."""
+
+    features: int
+    hidden: int
+    residual: int
+    blocks: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, z):
+        h = residual_blocks(nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(z), self)
+        layer = functools.partial(nn.Dense, 16 * self.features, dtype=self.dtype)
+        return from_patches(layer(name="linear")(z) + layer(name="last")(h))
+
+
+# name -> encoder and decoder
+NETS = {
+    "paper": (Encoder, Decoder),
+    "deepmind": (
+        functools.partial(Encoder, deepmind=True),
+        functools.partial(Decoder, deepmind=True),
+    ),
+    "patches": (PatchEncoder, PatchDecoder),
+}
 
 
 class VQVAE(nn.Module):
-    """Encoder, codebook and decoder of section 4.1, and of DeepMind's published example.
+    """Encoder, codebook and decoder.
 
-    hidden    channels at 8 x 8 (and, in the paper, at 16 x 16)
+    net       a key of NETS
+    hidden    channels of the networks
     residual  channels between the two convolutions of a residual block
-    deepmind  the example's form: half the channels at 16 x 16, 3x3 convolutions into the blocks
-    patches   add a linear path beside the networks, between 4x4 patches and latents (pca_start)
+    blocks    residual blocks on each side
     outputs   numbers at each pixel, as the likelihood asks
     """
 
+    net: str
     hidden: int
     residual: int
+    blocks: int
     slots: int
     K: int
     D: int
     shared: bool
-    deepmind: bool
-    patches: bool
     outputs: int
     dtype: jnp.dtype
 
     def setup(self):
-        stem = self.hidden // 2 if self.deepmind else self.hidden
-        trunk = {"hidden": self.hidden, "residual": self.residual, "dtype": self.dtype}
-        self.down = [Down(stem, self.dtype), Down(self.hidden, self.dtype)]
-        self.encoder = Trunk(window=3 if self.deepmind else 0, **trunk)
-        self.to_latent = nn.Conv(self.slots * self.D, (1, 1), dtype=self.dtype)
+        encoder, decoder = NETS[self.net]
+        sizes = {name: getattr(self, name) for name in ("hidden", "residual", "blocks", "dtype")}
+        self.encoder = encoder(features=self.slots * self.D, **sizes)
+        self.decoder = decoder(features=self.outputs, **sizes)
         S = 1 if self.shared else self.slots
         self.codebook = self.param("codebook", quantize.init_codebook, S, self.K, self.D)
-        self.decoder = Trunk(window=3 if self.deepmind else 1, **trunk)
-        self.up = [Up(stem, self.dtype), Up(self.outputs, self.dtype)]
-        if self.patches:
-            self.patch_to_latent = nn.Dense(self.slots * self.D, dtype=self.dtype)
-            self.latent_to_patch = nn.Dense(16 * self.outputs, dtype=self.dtype)
 
     def __call__(self, images):
         """images uint8 [B, 32, 32, 3] -> outputs [B, 32, 32, outputs], z_e, Quantized."""
@@ -153,22 +221,12 @@ class VQVAE(nn.Module):
 
     def encode(self, images):
         """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
-        pixels = (images / 255.0 - 0.5).astype(self.dtype)
-        x = nn.relu(self.down[0](pixels))  # [B, 16, 16, stem]
-        x = self.down[1](x)  # [B, 8, 8, hidden]
-        z = self.to_latent(self.encoder(nn.relu(x) if self.deepmind else x))  # [B, 8, 8, N D]
-        if self.patches:
-            z = z + self.patch_to_latent(to_patches(pixels))
+        z = self.encoder((images / 255.0 - 0.5).astype(self.dtype))  # [B, 8, 8, N D]
         return z.reshape(*z.shape[:3], self.slots, self.D).astype(jnp.float32)
 
     def decode(self, z_q):
         """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], in the dtype of the activations."""
-        z = z_q.reshape(*z_q.shape[:3], -1).astype(self.dtype)  # [B, 8, 8, N D]
-        x = nn.relu(self.up[0](self.decoder(z)))  # [B, 16, 16, stem]
-        outputs = self.up[1](x)  # [B, 32, 32, outputs]
-        if self.patches:
-            outputs = outputs + from_patches(self.latent_to_patch(z))
-        return outputs
+        return self.decoder(z_q.reshape(*z_q.shape[:3], -1).astype(self.dtype))
 
     def to_codes(self, images):
         """images uint8 [B, 32, 32, 3] -> codes [B, 8, 8, N], int32."""
@@ -194,7 +252,7 @@ def from_patches(x):
 
 
 def pca_start(params, images, slots, K, key):
-    """Parameters with which step 0 is already a good quantiser of patches: see README, "fast".
+    """Parameters of a `patches` net with which step 0 is already a good quantiser of patches.
 
     The eigenvectors of the 48 x 48 covariance of 4x4 patches carry patches into the slots and back,
     k-means makes the codebooks, and the last layers of both networks are zero: they only have to
@@ -220,19 +278,16 @@ def pca_start(params, images, slots, K, key):
     z_q = quantize.embed(quantize.lookup(z_e, codebook), codebook).reshape(*z_e.shape[:3], -1)
     z_q = np.asarray(z_q, np.float64).reshape(len(flat), -1) / LATENT_SCALE
     error = flat - mean - z_q @ basis.T
-    outputs = params["latent_to_patch"]["bias"].size // 16
+    encoder, decoder = dict(params["encoder"]), dict(params["decoder"])
+    outputs = decoder["linear"]["bias"].size // 16
     bias, back = np.zeros((16, outputs)), np.zeros((slots * D, 16, outputs))
     bias[:, :3], back[:, :, :3] = mean.reshape(16, 3), basis.T.reshape(-1, 16, 3) / LATENT_SCALE
     bias[:, 3:] = logistic_start(255 * error.reshape(-1, 16, 3), outputs)
-    zero = lambda layer: jax.tree.map(jnp.zeros_like, params[layer])  # noqa: E731
-    return {
-        **params,
-        "to_latent": zero("to_latent"),
-        "up_1": zero("up_1"),
-        "codebook": codebook,
-        "patch_to_latent": dense(LATENT_SCALE * basis, -LATENT_SCALE * mean @ basis),
-        "latent_to_patch": dense(back.reshape(slots * D, -1), bias.reshape(-1)),
-    }
+    for net in (encoder, decoder):
+        net["last"] = jax.tree.map(jnp.zeros_like, net["last"])
+    encoder["linear"] = dense(LATENT_SCALE * basis, -LATENT_SCALE * mean @ basis)
+    decoder["linear"] = dense(back.reshape(slots * D, -1), bias.reshape(-1))
+    return {"encoder": encoder, "decoder": decoder, "codebook": codebook}
 
 
 LATENT_SCALE = 20.0  # holds the latents to their codes: with 1, the encoder runs away from them

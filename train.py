@@ -54,6 +54,10 @@ class RunError(Exception):
     """The run cannot go on: exit code 1."""
 
 
+class Interrupted(Exception):
+    """A signal ended the run after its checkpoint was written: exit code 128 + signal."""
+
+
 def flag(default, text, choices=None, low=None, high=None):
     """A field of Config: its default, its help, and the values that make sense."""
     checks = {"help": text, "choices": choices, "low": low, "high": high}
@@ -79,7 +83,9 @@ class Config:
     shared: bool = flag(False, "one codebook for all slots instead of one each")
     hidden: int = flag(256, "channels of the networks", low=2, high=8192)
     residual: int = flag(256, "channels inside a residual block", low=1, high=8192)
-    deepmind: bool = flag(False, "the networks of DeepMind's example instead of section 4.1's")
+    blocks: int = flag(2, "residual blocks on each side", low=0, high=100)
+    net: str = flag("paper", "section 4.1's networks, DeepMind's example's, or patches",
+                    list(model.NETS))  # fmt: skip
     likelihood: str = flag("categorical", "p(x | z_q)", list(model.LIKELIHOODS))
     codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", low=0.0, high=1 - 1e-9)
@@ -103,12 +109,12 @@ class Config:
 PRESETS = {
     "paper": {},
     "fast": {
-        "hidden": 128, "residual": 32, "deepmind": True, "D": 16, "likelihood": "colours",
+        "hidden": 128, "residual": 32, "net": "patches", "D": 16, "likelihood": "colours",
         "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 2.0, "lr": 6e-4, "decay": 0.7,
         "batch": 64, "steps": 4000, "flip": True,
     },
     "notebook": {
-        "slots": 1, "hidden": 128, "residual": 32, "deepmind": True, "likelihood": "gaussian",
+        "slots": 1, "hidden": 128, "residual": 32, "net": "deepmind", "likelihood": "gaussian",
         "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
     },
 }  # fmt: skip
@@ -166,6 +172,10 @@ def configure(overrides):
     for name in ("gamma", "restart"):
         if config.codebook != "ema" and name in overrides:
             raise UsageError(f"--{name} belongs to the EMA codebook: add --codebook ema.")
+    if config.init == "pca" and (config.net != "patches" or config.shared):
+        raise UsageError("--init pca starts --net patches, with a codebook for each slot.")
+    if config.init == "pca" and config.likelihood not in ("logistic", "colours"):
+        raise UsageError("--init pca sets means and scales: --likelihood logistic or colours.")
     if not config.data_dir:
         raise UsageError('--data_dir "" names no folder: give one, such as --data_dir data.')
     return config
@@ -184,15 +194,9 @@ def build(config):
     """The network that a configuration describes: model.VQVAE."""
     cpu = jax.default_backend() == "cpu"
     dtype = {"auto": "float32" if cpu else "bfloat16"}.get(config.dtype, config.dtype)
+    same = ("net", "hidden", "residual", "blocks", "slots", "K", "D", "shared")
     return model.VQVAE(
-        hidden=config.hidden,
-        residual=config.residual,
-        slots=config.slots,
-        K=config.K,
-        D=config.D,
-        shared=config.shared,
-        deepmind=config.deepmind,
-        patches=config.init == "pca",
+        **{name: getattr(config, name) for name in same},
         outputs=model.LIKELIHOODS[config.likelihood][0],
         dtype=jnp.dtype(dtype),
     )
@@ -301,33 +305,24 @@ def evaluate(config, net, params, dataset):
     variance = dataset.variance()
 
     @jax.jit
-    def measure(params, images, weight):  # weight [B]: 0 for padding
+    def measure(params, images):
         outputs, _, q = net.apply({"params": params}, images)
         nll, shown = likelihood(outputs, images, variance)
-        error = jnp.square(shown / 255 - images / 255.0)
-        sums = jnp.stack([weight @ term.mean((1, 2, 3)) for term in (nll, error)])
-        return sums, q.codes, shown
+        return nll.sum(), jnp.square(shown / 255 - images / 255.0).sum(), q.codes, shown
 
     @jax.jit
-    def to_codes(params, images, weight):
-        return net.apply({"params": params}, images, method="to_codes")
+    def count(params, images):
+        codes = net.apply({"params": params}, images, method="to_codes")
+        return quantize.usage(codes, config.slots, config.K)  # [N, K]
 
-    def counts(codes, weight):
-        slot = np.arange(config.slots)
-        keep = np.asarray(codes)[np.asarray(weight) > 0]  # [B, h, w, N]
-        return np.bincount((keep + slot * config.K).ravel(), minlength=config.slots * config.K)
-
-    sums, used, shown = np.zeros(2), 0, None
-    for images, weight in padded(dataset.test):
-        batch_sums, codes, reconstruction = measure(params, images, weight)
-        sums += np.asarray(batch_sums, np.float64)
-        used = used + counts(codes, weight)
-        if shown is None:
-            shown = np.asarray(reconstruction[:SHOWN]), np.asarray(codes[:SHOWN])
-    n, used = len(dataset.test), used.reshape(config.slots, config.K)
-    nll, mse = sums / n
-    pooled = used.sum(0, keepdims=True) if config.shared else used
-    perplexities = np.asarray(quantize.perplexity(jnp.asarray(pooled, jnp.float32)))
+    measured = [measure(params, images) for images in batches(dataset.test)]
+    nll, error, codes, shown = zip(*measured, strict=True)
+    values = dataset.test.size  # 3072 an image
+    nll, mse = (np.sum(np.float64(sums)) / values for sums in (nll, error))
+    codes = np.concatenate(codes)  # [n, h, w, N]
+    used = np.asarray(quantize.usage(codes, config.slots, config.K))
+    pooled = used.sum(0, keepdims=True) if config.shared else used  # [S, K]
+    perplexities = np.asarray(quantize.perplexity(pooled))
     metrics = {
         "bits_per_dim": None,
         "bits_per_dim_unigram": None,
@@ -339,23 +334,16 @@ def evaluate(config, net, params, dataset):
         "codes_used": int((pooled > 0).sum()),
     }
     if exact:
-        train = sum(counts(to_codes(params, *batch), batch[1]) for batch in padded(dataset.train))
-        prior = train.reshape(used.shape) + 1.0  # one more, for codes that training never used
-        prior = -np.log2(prior / prior.sum(1, keepdims=True))
+        prior = 1.0 + sum(np.float64(count(params, x)) for x in batches(dataset.train))
+        bits = -np.log2(prior / prior.sum(1, keepdims=True))  # one added: no code is impossible
         metrics["bits_per_dim"] = nll / math.log(2) + code_bits(config)
-        metrics["bits_per_dim_unigram"] = nll / math.log(2) + (used * prior).sum() / n / PIXELS
-    return metrics, used, shown
+        metrics["bits_per_dim_unigram"] = nll / math.log(2) + (used * bits).sum() / values
+    return metrics, used, (np.asarray(shown[0])[:SHOWN], codes[:SHOWN])
 
 
-def padded(images):
-    """All images in batches of EVAL_BATCH, the last filled up, with the weight of each image."""
-    for start in range(0, len(images), EVAL_BATCH):
-        batch = images[start : start + EVAL_BATCH]
-        fill = EVAL_BATCH - len(batch)
-        yield (
-            np.concatenate([batch, np.zeros_like(images[:1]).repeat(fill, 0)]),
-            np.repeat(np.float32([1, 0]), [len(batch), fill]),
-        )
+def batches(images):
+    """All images in pieces of EVAL_BATCH, the last one as small as it must be."""
+    return (images[i : i + EVAL_BATCH] for i in range(0, len(images), EVAL_BATCH))
 
 
 def draw_pictures(out, config, dataset, log, counts, shown):
@@ -608,10 +596,6 @@ def train(config, net, progress, dataset, out):
     return progress, log
 
 
-class Interrupted(Exception):
-    """A signal ended the run after its checkpoint was written."""
-
-
 def collect(progress, state, waiting):
     """Fetch the metrics of the last launches, which waits for them, beside those pending."""
     fetched = jax.device_get(waiting)
@@ -744,15 +728,12 @@ def measure(config, net, params, dataset, out, log):
 def result_row(config, argv, progress, metrics, dataset):
     """The row for result.json: what was run, where, how long it took, what it gave."""
     ms = 1e3 * progress.seconds / config.steps
+    settings = ("preset", "likelihood", "steps", "batch", "seed")
     return {
         "command": " ".join(["python train.py", *argv]),
-        "preset": config.preset,
         "dataset": dataset.name,
         "split": dataset.split,
-        "likelihood": config.likelihood,
-        "steps": config.steps,
-        "batch": config.batch,
-        "seed": config.seed,
+        **{name: getattr(config, name) for name in settings},
         "train_seconds": round(progress.seconds, 1),
         "compile_seconds": round(progress.compile_seconds, 1),
         "ms_per_step": round(ms, 3),
