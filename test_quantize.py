@@ -477,6 +477,22 @@ def test_the_codebook_trains(codebook):
         np.testing.assert_allclose(after.params["codebook"], e, atol=1e-5)
 
 
+def test_learning_rate_rises_and_falls():
+    """Adam's first step of a lone parameter is the learning rate; constant without flags."""
+
+    def rates(**changes):
+        optimizer = train.make_optimizer(train.configure({"preset": "paper", "lr": 1.0, **changes}))
+        state, seen = optimizer.init(jnp.float32(0)), []
+        for _ in range(10):
+            update, state = optimizer.update(jnp.float32(1), state)
+            seen.append(-float(update))
+        return seen
+
+    np.testing.assert_allclose(rates(), 1.0, rtol=1e-4)
+    expected = [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    np.testing.assert_allclose(rates(steps=10, warmup=4, decay=0.5), expected, rtol=1e-4)
+
+
 def test_beta_reaches_only_the_encoder():
     """Guard 1, in the whole loss: the codebook's gradient step does not depend on beta."""
     after = []

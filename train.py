@@ -94,6 +94,7 @@ class Config:
                      "patch quantiser (pca)", ["random", "data", "pca"])  # fmt: skip
     beta: float = flag(0.25, "weight of the commitment loss", low=0.0, high=1e6)
     lr: float = flag(2e-4, "Adam's learning rate", low=TINY, high=1e3)
+    warmup: int = flag(0, "steps over which lr rises from 0", low=0)
     decay: float = flag(0.0, "last part of the run, over which lr falls linearly to 0", low=0.0,
                         high=1.0)  # fmt: skip
     batch: int = flag(128, "images a step", low=1)
@@ -110,7 +111,8 @@ PRESETS = {
     "paper": {},
     "fast": {
         "hidden": 128, "residual": 32, "net": "patches", "D": 16, "likelihood": "colours",
-        "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 2.0, "lr": 6e-4, "decay": 0.7,
+        "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 2.0, "lr": 6e-4,
+        "warmup": 200, "decay": 0.7,
         "batch": 64, "steps": 4000, "flip": True,
     },
     "notebook": {
@@ -203,10 +205,14 @@ def build(config):
 
 
 def make_optimizer(config):
-    """Adam, its learning rate constant and then, over the last `decay` of the run, falling to 0."""
-    falling = max(1, round(config.decay * config.steps))
-    schedule = optax.linear_schedule(config.lr, 0.0, falling, config.steps - falling)
-    return optax.adam(schedule if config.decay else config.lr)
+    """Adam. Its learning rate rises over the first steps and falls to 0 over the last ones."""
+
+    def schedule(step):
+        rise = (step + 1) / max(1, config.warmup)
+        fall = (config.steps - step) / max(1, config.decay * config.steps)
+        return config.lr * jnp.minimum(1.0, jnp.minimum(rise, fall))
+
+    return optax.adam(schedule)
 
 
 def init_state(config, net, images):
