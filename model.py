@@ -141,7 +141,10 @@ class Decoder(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """Not the paper's: all at 8 x 8, on 4x4 patches, a linear map beside the network."""
+    """Not the paper's: all at 8 x 8, on 4x4 patches, a linear map beside the network.
+
+    The network sees asinh of the linear map's latents: their scales span two orders of magnitude.
+    """
 
     features: int
     hidden: int
@@ -151,10 +154,11 @@ class PatchEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = to_patches(x)  # [B, 8, 8, 48]
-        h = residual_blocks(nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(x), self)
-        layer = functools.partial(nn.Dense, self.features, dtype=self.dtype)
-        return layer(name="linear")(x) + layer(name="last")(h)  # [B, 8, 8, features]
+        layer = functools.partial(nn.Dense, dtype=self.dtype)
+        z = layer(self.features, name="linear")(to_patches(x))  # [B, 8, 8, features]
+        h = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(jnp.arcsinh(z))
+        h = residual_blocks(h, self)
+        return z + layer(self.features, name="last")(h)
 
 
 class PatchDecoder(nn.Module):
@@ -168,9 +172,11 @@ class PatchDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, z):
-        h = residual_blocks(nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(z), self)
-        layer = functools.partial(nn.Dense, 16 * self.features, dtype=self.dtype)
-        return from_patches(layer(name="linear")(z) + layer(name="last")(h))
+        layer = functools.partial(nn.Dense, dtype=self.dtype)
+        h = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(jnp.arcsinh(z))
+        h = residual_blocks(h, self)
+        outputs = 16 * self.features
+        return from_patches(layer(outputs, name="linear")(z) + layer(outputs, name="last")(h))
 
 
 # name -> encoder and decoder

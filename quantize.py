@@ -123,12 +123,16 @@ def init_codebook(key, S, K, D):
 
 
 def draw(key, z_e, S, K):
-    """K encoder outputs for each codebook, drawn at random: z_e [B, h, w, N, D] -> [S, K, D]."""
+    """K encoder outputs for each codebook, drawn at random: z_e [B, h, w, N, D] -> [S, K, D].
+
+    One in each K-th of the outputs, so that none is drawn twice and nothing needs sorting.
+    """
     N, D = z_e.shape[-2:]
     outputs = jnp.moveaxis(sg(z_e).reshape(-1, N, D), 1, 0).reshape(S, -1, D)  # [S, B h w N/S, D]
-    few = outputs.shape[1] < K
-    keys = jax.random.split(key, S)
-    return jax.vmap(lambda k, z: jax.random.choice(k, z, (K,), replace=few))(keys, outputs)
+    n = outputs.shape[1]
+    place = (jnp.arange(K) + jax.random.uniform(key, (S, K))) * n / K  # [S, K]
+    place = jnp.clip(place.astype(int), jnp.arange(K) * n // K, n - 1)
+    return jax.vmap(lambda z, i: z[i])(outputs, place)
 
 
 def ema_init(codebook):

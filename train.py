@@ -110,10 +110,9 @@ class Config:
 PRESETS = {
     "paper": {},
     "fast": {
-        "hidden": 128, "residual": 32, "net": "patches", "D": 16, "likelihood": "colours",
-        "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 2.0, "lr": 6e-4,
-        "warmup": 200, "decay": 0.7,
-        "batch": 64, "steps": 4000, "flip": True,
+        "net": "patches", "hidden": 128, "residual": 32, "D": 8, "likelihood": "colours",
+        "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 4.0, "lr": 1.2e-3,
+        "warmup": 200, "decay": 0.7, "batch": 64, "steps": 7500, "flip": True,
     },
     "notebook": {
         "slots": 1, "hidden": 128, "residual": 32, "net": "deepmind", "likelihood": "gaussian",
