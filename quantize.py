@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import stop_gradient as sg
 
 
@@ -129,10 +130,9 @@ def draw(key, z_e, S, K):
     """
     N, D = z_e.shape[-2:]
     outputs = jnp.moveaxis(sg(z_e).reshape(-1, N, D), 1, 0).reshape(S, -1, D)  # [S, B h w N/S, D]
-    n = outputs.shape[1]
-    place = (jnp.arange(K) + jax.random.uniform(key, (S, K))) * n / K  # [S, K]
-    place = jnp.clip(place.astype(int), jnp.arange(K) * n // K, n - 1)
-    return jax.vmap(lambda z, i: z[i])(outputs, place)
+    edge = np.arange(K + 1) * outputs.shape[1] // K
+    place = edge[:-1] + jax.random.uniform(key, (S, K)) * np.diff(edge)  # [S, K]
+    return jax.vmap(lambda z, i: z[i])(outputs, place.astype(int))
 
 
 def ema_init(codebook):

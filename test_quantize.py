@@ -753,6 +753,35 @@ def test_damaged_checkpoint(finished, tmp_path, capsys):
     equal(finished, run)
 
 
+def test_checkpoint_of_another_run(finished, tmp_path, capsys):
+    """One that was made with other settings is named, not read."""
+    assert start(tmp_path, "--steps=7") == 0
+    run = tmp_path / "run"
+    (run / "result.json").unlink()
+    strange = run / "checkpoint-000000009.msgpack"
+    strange.write_bytes(train.checkpoints(finished)[0].read_bytes())
+    assert train.main(["--resume", str(run)]) == 1
+    message = capsys.readouterr().err
+    assert str(strange) in message and "belongs to another run" in message and "--resume" in message
+    assert strange.exists()
+
+
+def test_log_cut_short(finished, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 3}\n{"step": 6}\n{"step": 9, "lo')
+    assert train.read_log(tmp_path) == [{"step": 3}, {"step": 6}]
+    assert train.open_log(tmp_path, 3) == [{"step": 3}]
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 3}\n'
+
+
+def test_out_of_memory(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(train, "make_train_steps", full)
+    assert start(tmp_path) == 1
+    assert "--batch 8 is too much memory: try 4" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite(tmp_path, capsys):
     assert (
         start(tmp_path, "--lr=1000", "--steps=60", "--log_every=20", "--likelihood=gaussian") == 1

@@ -112,7 +112,7 @@ PRESETS = {
     "fast": {
         "net": "patches", "hidden": 128, "residual": 32, "D": 8, "likelihood": "colours",
         "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 4.0, "lr": 1.2e-3,
-        "warmup": 200, "decay": 0.7, "batch": 64, "steps": 7500, "flip": True,
+        "warmup": 200, "decay": 0.7, "batch": 64, "steps": 6500, "flip": True,
     },
     "notebook": {
         "slots": 1, "hidden": 128, "residual": 32, "net": "deepmind", "likelihood": "gaussian",
@@ -373,7 +373,7 @@ def draw_pictures(out, config, dataset, log, counts, shown):
     axis.set(title=f"{title}: originals above, reconstructions below", xticks=[], yticks=[])
     save(figure, "reconstructions.png")
 
-    fit = "bits_per_dim" if "bits_per_dim" in log[0] else "nmse"
+    fit = "bits_per_dim" if model.LIKELIHOODS[config.likelihood][2] else "nmse"
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     label = {"bits_per_dim": "bits/dim", "nmse": "normalised MSE"}[fit]
     names = {fit: label, "perplexity": "perplexity", "commitment_loss": "commitment loss"}
@@ -431,31 +431,41 @@ def checkpoints(out):
     return sorted(out.glob("checkpoint-*.msgpack"), reverse=True)
 
 
-def save_checkpoint(out, progress):
+def fingerprint(config):
+    """The settings that make two runs the same run, as text."""
+    return json.dumps(dataclasses.asdict(config) | {"data_dir": "", "out": ""})
+
+
+def save_checkpoint(out, progress, config):
     """Write checkpoint-STEP.msgpack and keep the one before it; the file opens with its sha256."""
     step = int(progress.state.step)
     state = flax.serialization.to_state_dict(jax.device_get(progress.state))
-    payload = flax.serialization.msgpack_serialize({**progress._asdict(), "state": state})
+    content = {**progress._asdict(), "state": state, "config": fingerprint(config)}
+    payload = flax.serialization.msgpack_serialize(content)
     with atomic(out / f"checkpoint-{step:09d}.msgpack") as part:
         part.write_bytes(hashlib.sha256(payload).digest() + payload)
     for old in checkpoints(out)[2:]:
         old.unlink()
 
 
-def load_checkpoint(run, like):
+def load_checkpoint(run, like, config):
     """Progress from the newest checkpoint of a run folder, or from the checkpoint file `run`.
 
-    like: a TrainState of the same shapes. Raises RunError for a damaged file; deletes nothing.
+    like: a TrainState of the same shapes. Raises RunError for a damaged file or one of another
+    configuration; deletes nothing.
     """
     files = checkpoints(run) if run.is_dir() else [run]
     if not files:
         raise RunError(f"{run} has no checkpoint yet: start that run again with another --out.")
     content = files[0].read_bytes() if files[0].exists() else b""
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
+    wrong = "is damaged" if hashlib.sha256(content[32:]).digest() != content[:32] else ""
+    saved = {} if wrong else flax.serialization.msgpack_restore(content[32:])
+    if not wrong and saved.pop("config") != fingerprint(config):
+        wrong = f"belongs to another run than {files[0].parent / 'config.json'}"
+    if wrong:
         older = [f for f in checkpoints(files[0].parent) if f < files[0]]
         remedy = f"continue from the one before it: --resume {older[0]}" if older else "start anew"
-        raise RunError(f"{files[0]} is damaged: {remedy}.")
-    saved = flax.serialization.msgpack_restore(content[32:])
+        raise RunError(f"{files[0]} {wrong}: {remedy}.")
     state = flax.serialization.from_state_dict(like, saved.pop("state"))
     return Progress(state=state, **saved)
 
@@ -522,7 +532,7 @@ def load(run):
     config = read_config(run if run.is_dir() else run.parent)
     net = build(config)
     shapes = jax.eval_shape(lambda: init_state(config, net, None))
-    return config, net, load_checkpoint(run, shapes).state.params
+    return config, net, load_checkpoint(run, shapes, config).state.params
 
 
 def placements(config):
@@ -593,7 +603,7 @@ def train(config, net, progress, dataset, out):
                     show(step, log[-1])
                     progress = progress._replace(pending={})
                 if due or caught or step == config.steps:
-                    survive(lambda p=progress: save_checkpoint(out, p), "the checkpoint")
+                    survive(lambda p=progress: save_checkpoint(out, p, config), "the checkpoint")
                     saved = time.monotonic()
                 clock = time.perf_counter()
             if caught:
@@ -637,12 +647,19 @@ def survive(write, what):
         )
 
 
+def read_log(out):
+    """The lines of log.jsonl, without one that a full disk cut short."""
+    path, lines = out / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def open_log(out, step):
     """Lines of log.jsonl up to `step`; later ones, which a killed run wrote, are dropped."""
-    path = out / "log.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [line for line in lines if line["step"] <= step]
-    with atomic(path) as part:
+    lines = [line for line in read_log(out) if line["step"] <= step]
+    with atomic(out / "log.jsonl") as part:
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
@@ -703,7 +720,8 @@ def hardware():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count()))
-    return f"{len(affinity(0))} cores of {name}"
+    cores = len(affinity(0))
+    return f"{cores} core{'s' * (cores > 1)} of {name}"
 
 
 def peak_memory():
@@ -758,12 +776,13 @@ def run(argv):
         config, net, params = load(again)
         dataset = data.load(config.dataset, overrides.get("data_dir", config.data_dir), config.val)
         out = Path(again) if Path(again).is_dir() else Path(again).parent
-        metrics = measure(config, net, params, dataset, out, open_log(out, config.steps))
+        metrics = measure(config, net, params, dataset, out, read_log(out))
         write_json(out / "eval.json", metrics)
         return
     config, out, lock = open_run(overrides, resume)
     with lock:
         why = "asked for" if "preset" in overrides else f"the default on {hardware()}"
+        why = "continued" if resume else why
         print(f"preset {config.preset} ({why}), {config.steps:,} steps of {config.batch} images")
         print(f"after: {PUBLISHED[config.preset]}; this run goes to {out}", flush=True)
         dataset = data.load(config.dataset, config.data_dir, config.val)
@@ -773,13 +792,19 @@ def run(argv):
         net = build(config)
         if resume:
             shapes = jax.eval_shape(lambda: init_state(config, net, None))
-            progress = load_checkpoint(Path(resume), shapes)
+            progress = load_checkpoint(Path(resume), shapes, config)
             print(f"continuing after step {int(progress.state.step):,}", flush=True)
         else:
             write_json(out / "config.json", dataclasses.asdict(config))
             first = data.order(config.seed, n, max(config.batch, START_IMAGES), 0, 1)[0]
             progress = Progress(init_state(config, net, dataset.train[first]), {}, 0.0, 0.0)
-        progress, log = train(config, net, progress, dataset, out)
+        try:
+            progress, log = train(config, net, progress, dataset, out)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            half = max(1, config.batch // 2)
+            raise RunError(f"--batch {config.batch} is too much memory: try {half}.") from None
         metrics = measure(config, net, progress.state.params, dataset, out, log)
         write_json(out / "result.json", result_row(config, argv, progress, metrics, dataset))
         print(f"pictures, log and result.json are in {out}")
@@ -801,11 +826,6 @@ def main(argv=None):
         return 128 + number
     except OSError as error:
         print(f"train.py: {error.filename}: {error.strerror}; nothing deleted.", file=sys.stderr)
-        return 1
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("train.py: out of memory: try half the --batch.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
