@@ -262,16 +262,15 @@ def make_train_step(config, net, variance):
                 ema, e = quantize.restart(key, ema, e, z_e, config.restart)
             params = {**params, "codebook": e}
         S, K, _ = params["codebook"].shape
+        bits = reconstruction / math.log(2) + code_bits(config)
         metrics = {
             "loss": loss,
-            ("bits_per_dim" if exact else "nmse"): reconstruction,
+            **({"bits_per_dim": bits} if exact else {"nmse": reconstruction}),
             "codebook_loss": q.codebook_loss,
             "commitment_loss": q.commitment_loss,
             "perplexity": quantize.perplexity(quantize.usage(q.codes, S, K)).mean(),
             "grad_norm": optax.tree.norm(grads),
         }
-        if exact:
-            metrics["bits_per_dim"] = reconstruction / math.log(2) + code_bits(config)
         return TrainState(state.step + 1, params, opt, ema), metrics
 
     return train_step
