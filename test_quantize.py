@@ -34,6 +34,10 @@ import quantize
 import train
 
 HERE = Path(__file__).parent
+# Runs of one configuration share their compiled programs: half the time of the tests.
+CACHE = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 TINY = {"hidden": 8, "residual": 4, "slots": 2, "K": 16, "D": 4, "batch": 8,
         "likelihood": "logistic"}  # fmt: skip
 TINY_FLAGS = [f"--{name}={value}" for name, value in TINY.items()]

@@ -379,7 +379,7 @@ def draw_pictures(out, config, dataset, log, counts, shown):
     for axis, (key, label) in zip(axes, names.items(), strict=True):
         axis.plot([line["step"] for line in log], [line[key] for line in log])
         axis.set(xlabel="step", title=f"{label}, training batches")
-        axis.set_yscale("linear" if key == "perplexity" else "log")
+        axis.set_yscale("log" if key == "nmse" else "linear")
         axis.grid(alpha=0.3)
     figure.suptitle(f"{dataset.name}, preset {config.preset}, seed {config.seed}")
     save(figure, "curves.png")
