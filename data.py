@@ -125,7 +125,8 @@ def write_cache(cache, arrays):
 
 def read_batches(data_dir):
     """Arrays from the official batches, or the tarball, or the network, in this order."""
-    from torchvision.datasets import CIFAR10  # takes seconds, and a cached start does without
+    # Takes seconds, and a cached start does without.
+    from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_md5, extract_archive
 
     tarball = data_dir / CIFAR10.filename
@@ -190,7 +191,7 @@ def photo(data_dir):
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
         picture = imread(file, format="jpg")  # [606, 512, 3]
     seam = 352
-    return crops(picture[:, :seam], 6), crops(picture[:, seam:], 12)
+    return crops(picture[:, :seam], 8), crops(picture[:, seam:], 12)
 
 
 def crops(picture, stride):

@@ -34,6 +34,7 @@ import quantize
 import train
 
 HERE = Path(__file__).parent
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it: tens of seconds")
 # Runs of one configuration share their compiled programs: half the time of the tests.
 CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
@@ -287,7 +288,7 @@ def count(preset, **changes):
 
 def test_parameter_counts():
     """Every layer of both presets, counted by hand: window x inputs x outputs + biases."""
-    conv = lambda window, inputs, outputs: window**2 * inputs * outputs + outputs  # noqa: E731
+    conv = lambda window, inputs, outputs: window**2 * inputs * outputs + outputs
     block = conv(3, 128, 32) + conv(1, 32, 128)
     encoder = conv(4, 3, 64) + conv(4, 64, 128) + conv(3, 128, 128) + 2 * block + conv(1, 128, 64)
     decoder = conv(3, 64, 128) + 2 * block + conv(4, 128, 64) + conv(4, 64, 3)
@@ -388,8 +389,8 @@ def test_logistics_against_float64(name, channel):
     if name == "colours":
         slopes = {0: [], 1: outputs[6:7], 2: outputs[7:9]}[channel]
         mean += sum(slope * (100 - means[c]) for c, slope in enumerate(slopes))
-    below = lambda x: 1 / (1 + np.exp(-(x - mean) / scale))  # noqa: E731
-    above = lambda x: 1 / (1 + np.exp((x - mean) / scale))  # noqa: E731
+    below = lambda x: 1 / (1 + np.exp(-(x - mean) / scale))
+    above = lambda x: 1 / (1 + np.exp((x - mean) / scale))
     for x in range(256):  # from the tail that does not cancel
         if x < mean:
             p = (1 if x == 255 else below(x + 0.5)) - (0 if x == 0 else below(x - 0.5))
@@ -402,7 +403,7 @@ def test_logistics_against_float64(name, channel):
 def test_likelihood_of_extreme_outputs_is_finite(name):
     outputs = np.full((1, 32, 32, model.LIKELIHOODS[name][0]), 30.0, np.float32)
     for sign in (1, -1):
-        f = lambda o: model.LIKELIHOODS[name][1](o, pictures(1), 0.06)[0].sum()  # noqa: E731
+        f = lambda o: model.LIKELIHOODS[name][1](o, pictures(1), 0.06)[0].sum()
         value, grad = jax.value_and_grad(f)(sign * outputs)
         assert np.isfinite(value) and np.isfinite(grad).all()
 
@@ -450,6 +451,7 @@ def test_patches_and_back():
     np.testing.assert_array_equal(model.from_patches(patches), x)
 
 
+@slow
 @pytest.mark.parametrize("likelihood", ["logistic", "colours"])
 def test_pca_start_is_a_patch_quantiser(likelihood):
     """Step 0 quantises with the eigenvectors: far below a stock start, and as k-means says."""
@@ -472,7 +474,7 @@ def test_the_codebook_trains(codebook):
     config, net = tiny("notebook", codebook=codebook, slots=1)
     images = pictures()
     state = train.init_state(config, net, images)
-    after, metrics = jax.jit(train.make_train_step(config, net, 0.06))(state, images)
+    after, _ = jax.jit(train.make_train_step(config, net, 0.06))(state, images)
     assert not np.allclose(after.params["codebook"], state.params["codebook"])
     if codebook == "ema":
         z_e = net.apply({"params": state.params}, images, method="encode")
@@ -511,6 +513,7 @@ def test_beta_reaches_only_the_encoder():
     assert not np.array_equal(*encoders)
 
 
+@slow
 def test_many_steps_in_one_launch_are_the_same_steps(monkeypatch):
     """The scan of a GPU and the unrolled steps of a CPU against one step at a time."""
     config, net = tiny(flip=True)
@@ -535,7 +538,7 @@ def test_many_steps_in_one_launch_are_the_same_steps(monkeypatch):
 
 def test_train_and_test_metrics_are_one_metric():
     """Guard 11: the same images and parameters give the same figure in training and in a test."""
-    for likelihood, name in (("gaussian", "nmse"), ("categorical", "bits_per_dim")):
+    for likelihood, name in (("gaussian", "nmse"), ("logistic", "bits_per_dim")):
         config, net = tiny(likelihood=likelihood)
         dataset = data.Dataset(pictures(), pictures(), "noise", "test")
         state = train.init_state(config, net, dataset.train)
@@ -714,7 +717,7 @@ def test_eval_gives_the_same_metrics(finished, capsys):
 
 
 def test_a_loaded_run_codes_and_decodes(finished):
-    config, net, params = train.load(finished)
+    _, net, params = train.load(finished)
     codes = net.apply({"params": params}, pictures(3), method="to_codes")
     outputs = net.apply({"params": params}, codes, method="from_codes")
     assert codes.shape == (3, 8, 8, 2) and outputs.shape == (3, 32, 32, 6)
@@ -904,9 +907,13 @@ def test_wrong_command_lines(row, tmp_path, monkeypatch, capsys):
 def test_the_real_process(tmp_path):
     """A shell sees the same: one line and code 2; --help names every flag."""
     program = [sys.executable, str(HERE / "train.py")]
-    wrong = subprocess.run([*program, "--K", "1"], capture_output=True, text=True, cwd=tmp_path)
+    wrong = subprocess.run(
+        [*program, "--K", "1"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "K" in wrong.stderr
-    helped = subprocess.run([*program, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    helped = subprocess.run(
+        [*program, "--help"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert helped.returncode == 0
     assert all(f"--{f.name}" in helped.stdout for f in train.dataclasses.fields(train.Config))
     assert not list(tmp_path.iterdir())
@@ -986,7 +993,9 @@ def test_a_cached_start_imports_no_torch(cifar):
     data.cifar10(cifar)
     code = f"import data, sys; data.load('cifar10', {str(cifar)!r}, False)"
     code += "; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=False
+    )
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -1095,7 +1104,6 @@ def test_bad_servers(tmp_path, monkeypatch, capsys, answer):
     assert not list((tmp_path / "new").iterdir())
 
 
-slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it: minutes")
 
 
 @slow

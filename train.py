@@ -480,7 +480,7 @@ def claim(out, fresh):
         out.mkdir(parents=True, exist_ok=True)
         if fresh and not is_empty(out):
             raise UsageError(f"--out {out} is not empty: name a new folder, or --resume {out}.")
-        lock = open(out / "lock", "w")
+        lock = open(out / "lock", "w")  # noqa: SIM115, the caller holds it
     except OSError as error:
         raise UsageError(f"cannot write to --out {out} ({error.strerror}): name another.") from None
     try:
