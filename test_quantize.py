@@ -687,6 +687,7 @@ def test_a_run_writes_all_it_promises(finished):
     assert not list(finished.glob("*.part"))
 
 
+@slow
 def test_a_gaussian_has_no_bits(tmp_path, capsys):
     assert start(tmp_path, "--likelihood=gaussian", "--codebook=ema", "--restart=0.1",
                  "--init=data", "--shared", "--flip", "--val") == 0  # fmt: skip
