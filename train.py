@@ -3,6 +3,7 @@
     python train.py                      DeepMind's example on a CPU, the paper's run on a GPU
     python train.py --preset notebook    8x8x1 latents; published: normalised MSE .056
     python train.py --preset paper       8x8x10 latents; published: 4.67 bits/dim
+    python train.py --preset fast        8x8x10 latents and a better start, for a CPU
 
 What each costs and gives is in README.md, measured. The loss is eq. 3 of the paper (quantize.py):
 
