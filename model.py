@@ -46,7 +46,7 @@ class Up(nn.Module):
     """4x4 transposed convolution of stride 2: [B, H, W, C] -> [B, 2H, 2W, features].
 
     Same kernel and result as nn.ConvTranspose(features, (4, 4), (2, 2)), computed as a 2x2
-    convolution to 2x2 blocks of pixels: the stock kernel gradient takes 75 times longer on a CPU.
+    convolution to 2x2 blocks of pixels: the stock kernel gradient is far slower on a CPU.
     """
 
     features: int
@@ -98,18 +98,23 @@ def residual_blocks(x, net):
     return nn.relu(x)
 
 
-class Encoder(nn.Module):
-    """Section 4.1: x [B, 32, 32, 3] -> [B, 8, 8, features].
-
-    In DeepMind's published example the first layer has half the channels, and a 3x3 convolution
-    stands before the blocks.
-    """
+class Net(nn.Module):
+    """What encoders and decoders are told: channels out, and the sizes that VQVAE lists."""
 
     features: int
     hidden: int
     residual: int
     blocks: int
     dtype: jnp.dtype
+
+
+class Encoder(Net):
+    """Section 4.1: x [B, 32, 32, 3] -> [B, 8, 8, features].
+
+    In DeepMind's published example the first layer has half the channels, and a 3x3 convolution
+    stands before the blocks.
+    """
+
     deepmind: bool = False
 
     @nn.compact
@@ -122,14 +127,9 @@ class Encoder(nn.Module):
         return nn.Conv(self.features, (1, 1), dtype=self.dtype)(residual_blocks(x, self))
 
 
-class Decoder(nn.Module):
+class Decoder(Net):
     """The mirror: z [B, 8, 8, N D] -> [B, 32, 32, features]."""
 
-    features: int
-    hidden: int
-    residual: int
-    blocks: int
-    dtype: jnp.dtype
     deepmind: bool = False
 
     @nn.compact
@@ -140,17 +140,11 @@ class Decoder(nn.Module):
         return Up(self.features, self.dtype)(x)  # [B, 32, 32, features]
 
 
-class PatchEncoder(nn.Module):
+class PatchEncoder(Net):
     """Not the paper's: all at 8 x 8, on 4x4 patches, a linear map beside the network.
 
     The network sees asinh of the linear map's latents: their scales span two orders of magnitude.
     """
-
-    features: int
-    hidden: int
-    residual: int
-    blocks: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
@@ -161,14 +155,8 @@ class PatchEncoder(nn.Module):
         return z + layer(self.features, name="last")(h)
 
 
-class PatchDecoder(nn.Module):
+class PatchDecoder(Net):
     """The mirror: z [B, 8, 8, N D] -> [B, 32, 32, features]."""
-
-    features: int
-    hidden: int
-    residual: int
-    blocks: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, z):

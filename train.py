@@ -286,7 +286,7 @@ def make_train_steps(train_step):
     """Many steps in one launch: state, images [n, 32, 32, 3], index [count, batch] -> the same.
 
     The images live on the device, so a launch needs only indices. A GPU scans. A CPU unrolls (and
-    gets one step a launch), because XLA's convolutions are 13 to 54 times slower inside a loop.
+    gets one step a launch), because XLA's convolutions are many times slower inside a loop.
     """
 
     def train_steps(state, images, index):
