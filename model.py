@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import quantize
+from quantize import sg
+
+HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would otherwise round a matmul to ten bits
 
 
 class Down(nn.Module):
@@ -140,41 +143,90 @@ class Decoder(Net):
         return Up(self.features, self.dtype)(x)  # [B, 32, 32, features]
 
 
-class PatchEncoder(Net):
-    """Not the paper's: all at 8 x 8, on 4x4 patches, a linear map beside the network.
-
-    The network sees asinh of the linear map's latents: their scales span two orders of magnitude.
-    """
+class Filter(Net):
+    """Image to image on 4x4 patches: x [B, 32, 32, C] -> [B, 32, 32, features], zero at the start."""
 
     @nn.compact
     def __call__(self, x):
-        layer = functools.partial(nn.Dense, dtype=self.dtype)
-        z = layer(self.features, name="linear")(to_patches(x))  # [B, 8, 8, features]
-        h = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(jnp.arcsinh(z))
-        h = residual_blocks(h, self)
-        return z + layer(self.features, name="last")(h)
+        x = to_blocks(x, 4)  # [B, 8, 8, 16 C]
+        x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(x)
+        x = residual_blocks(x, self)
+        last = nn.Dense(16 * self.features, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+        return from_blocks(last(x), 4)
 
 
-class PatchDecoder(Net):
-    """The mirror: z [B, 8, 8, N D] -> [B, 32, 32, features]."""
+class Transform(nn.Module):
+    """16x16 blocks to latents or back; `transform_start` fits it, training bends it slowly.
+
+    Coefficients are those of the blocks' eigenvectors, in BANDS bands. Each band is divided by its
+    own strength in the block, its gain, so that one codebook serves smooth blocks and busy ones;
+    the logarithms of the gains are latents too. Encoder and decoder have one each.
+    """
+
+    latents: int  # numbers for a block: slots x D
+
+    def setup(self):
+        fitted = lambda name, *shape: self.param(name, nn.initializers.ones, shape)
+        # Adam moves all parameters alike; held at ten times their size, these move a tenth as far.
+        self.mean = fitted("mean", 3 * BLOCK**2) / SLOW
+        self.basis = fitted("basis", 3 * BLOCK**2, self.latents) / SLOW  # orthonormal, or zero
+        self.weight = sg(fitted("weight", self.latents, BANDS))  # squares -> a band's strength
+        self.place = sg(fitted("place", BANDS, self.latents))  # one a row: which latent is a gain
+
+    def analysis(self, x):
+        """x [B, 32, 32, 3] -> [B, 2, 2, latents]. Full precision: codes hang on the last bits."""
+        z = jnp.matmul(to_blocks(x, BLOCK) - self.mean, self.basis, precision=HIGHEST)
+        gain = 0.5 * jnp.log(z**2 @ self.weight + FLOOR)  # [B, 2, 2, BANDS]
+        return z * self.spread(-gain) + gain @ self.place
+
+    def synthesis(self, z):
+        """Back, the inverse before training: z [B, 2, 2, latents] -> [B, 32, 32, 3]."""
+        gain = z @ (self.place / jnp.sum(self.place**2, -1, keepdims=True)).T
+        x = jnp.matmul(z * self.spread(gain), self.basis.T, precision=HIGHEST)
+        return from_blocks(x + self.mean, BLOCK)
+
+    def spread(self, gain):
+        """exp(gain) of each latent's band: [B, 2, 2, BANDS] -> [B, 2, 2, latents]."""
+        return jnp.exp(gain @ (self.weight.T > 0))
+
+
+BLOCK = 16  # pixels on each side of what is transformed together
+BANDS = 5  # bands of 3, 9, 36, 144 and 576 coefficients, strongest first
+SLOW = 10.0
+FLOOR = 0.1  # of a band's usual strength squared: below it, the gain no longer follows
+
+
+class TransformEncoder(Net):
+    """Not the paper's: a filter in the image, then the transform. features: latents of a block."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x * (255 / GREY)
+        sizes = (self.hidden, self.residual, self.blocks, self.dtype)
+        x = x + Filter(3, *sizes)(x / 4).astype(jnp.float32)
+        return Transform(self.features, name="transform").analysis(x)  # [B, 2, 2, features]
+
+
+class TransformDecoder(Net):
+    """The mirror: the transform back, then a filter, which also says how sure the means are."""
 
     @nn.compact
     def __call__(self, z):
-        layer = functools.partial(nn.Dense, dtype=self.dtype)
-        h = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(jnp.arcsinh(z))
-        h = residual_blocks(h, self)
-        outputs = 16 * self.features
-        return from_patches(layer(outputs, name="linear")(z) + layer(outputs, name="last")(h))
+        x = Transform(z.shape[-1], name="transform").synthesis(z)  # [B, 32, 32, 3]
+        sizes = (self.hidden, self.residual, self.blocks, self.dtype)
+        outputs = Filter(self.features, *sizes)(x / 4).astype(jnp.float32)
+        return jnp.concatenate([outputs[..., :3] + x, outputs[..., 3:]], -1)
 
 
-# name -> encoder and decoder
+# name -> encoder, decoder, and how many of the 8x8 positions are coded as one with all their slots
 NETS = {
-    "paper": (Encoder, Decoder),
+    "paper": (Encoder, Decoder, 1),
     "deepmind": (
         functools.partial(Encoder, deepmind=True),
         functools.partial(Decoder, deepmind=True),
+        1,
     ),
-    "patches": (PatchEncoder, PatchDecoder),
+    "transform": (TransformEncoder, TransformDecoder, BLOCK**2 // 16),
 }
 
 
@@ -200,11 +252,12 @@ class VQVAE(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        encoder, decoder = NETS[self.net]
+        encoder, decoder, together = NETS[self.net]
+        N = self.slots * together
         sizes = {name: getattr(self, name) for name in ("hidden", "residual", "blocks", "dtype")}
-        self.encoder = encoder(features=self.slots * self.D, **sizes)
+        self.encoder = encoder(features=N * self.D, **sizes)
         self.decoder = decoder(features=self.outputs, **sizes)
-        S = 1 if self.shared else self.slots
+        S = 1 if self.shared else N
         self.codebook = self.param("codebook", quantize.init_codebook, S, self.K, self.D)
 
     def __call__(self, images):
@@ -216,7 +269,7 @@ class VQVAE(nn.Module):
     def encode(self, images):
         """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
         z = self.encoder((images / 255.0 - 0.5).astype(self.dtype))  # [B, 8, 8, N D]
-        return z.reshape(*z.shape[:3], self.slots, self.D).astype(jnp.float32)
+        return z.reshape(*z.shape[:3], -1, self.D).astype(jnp.float32)
 
     def decode(self, z_q):
         """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], in the dtype of the activations."""
@@ -231,65 +284,85 @@ class VQVAE(nn.Module):
         return self.decode(quantize.embed(codes, self.codebook))
 
 
-def to_patches(x):
-    """4x4 patches: [B, 32, 32, C] -> [B, 8, 8, 16 C]."""
+def to_blocks(x, size):
+    """Blocks of size x size pixels: [B, 32, 32, C] -> [B, 32/size, 32/size, size^2 C]."""
     B, H, W, C = x.shape
-    x = x.reshape(B, H // 4, 4, W // 4, 4, C).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, H // 4, W // 4, 16 * C)
+    x = x.reshape(B, H // size, size, W // size, size, C).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, H // size, W // size, size**2 * C)
 
 
-def from_patches(x):
-    """The inverse of to_patches: [B, 8, 8, 16 C] -> [B, 32, 32, C]."""
+def from_blocks(x, size):
+    """The inverse of to_blocks: [B, 32/size, 32/size, size^2 C] -> [B, 32, 32, C]."""
     B, h, w, _ = x.shape
-    x = x.reshape(B, h, w, 4, 4, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, 4 * h, 4 * w, -1)
+    x = x.reshape(B, h, w, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, size * h, size * w, -1)
 
 
-def pca_start(params, images, slots, K, key):
-    """Parameters of a `patches` net with which step 0 is already a good quantiser of patches.
+def transform_start(params, images, key):
+    """Parameters of a `transform` net with which step 0 is already a good quantiser of blocks.
 
-    The eigenvectors of the 48 x 48 covariance of 4x4 patches carry patches into the slots and back,
-    k-means makes the codebooks, and the last layers of both networks are zero: they only have to
-    learn what a linear map cannot. images: uint8 [n, 32, 32, 3], some thousand of them.
+    The transform is fitted, k-means makes the codebooks, and the filters start at zero: they only
+    have to learn what the transform cannot. images: uint8 [n, 32, 32, 3], some thousand of them.
     """
-    patches = np.asarray(to_patches(images / 255.0 - 0.5), np.float64)  # [n, 8, 8, 48]
-    flat = patches.reshape(-1, 48)
-    mean = flat.mean(0)
-    power, vectors = np.linalg.eigh(np.cov(flat.T))  # ascending
-    bits = waterfill(power, slots * math.log2(K))
-    D = params["codebook"].shape[-1]
-    basis, load, used = np.zeros((48, slots, D)), np.zeros(slots), np.zeros(slots, int)
-    for d in np.argsort(-bits)[: (bits > 0).sum()]:  # the next one to the slot with least to do
-        slot = np.where(used < D, load, np.inf).argmin()
-        basis[:, slot, used[slot]] = vectors[:, d]
-        load[slot] += bits[d]
-        used[slot] += 1
-    basis = basis.reshape(48, -1)  # [48, N D], orthonormal columns or zero ones
-
-    z_e = LATENT_SCALE * jnp.float32(patches - mean) @ jnp.float32(basis)
-    z_e = z_e.reshape(*z_e.shape[:3], slots, D)
-    codebook = quantize.kmeans(key, z_e, slots, K)
-    z_q = quantize.embed(quantize.lookup(z_e, codebook), codebook).reshape(*z_e.shape[:3], -1)
-    z_q = np.asarray(z_q, np.float64).reshape(len(flat), -1) / LATENT_SCALE
-    error = flat - mean - z_q @ basis.T
+    N, K, D = params["codebook"].shape
+    x = np.concatenate([images, images[:, :, ::-1]])
+    x = (x - np.float32(127.5)) / np.float32(GREY)
+    transform = fit_transform(np.asarray(to_blocks(x, BLOCK)).reshape(-1, 3 * BLOCK**2), N, K, D)
+    net = Transform(N * D)
+    run = functools.partial(jax.jit(net.apply, static_argnames="method"), {"params": transform})
+    z_e = run(x[::2], method="analysis")  # of half of them: [n, 2, 2, N D]
+    z_e = z_e.reshape(*z_e.shape[:3], N, D)
+    codebook = quantize.kmeans(key, z_e, N, K)
+    z_q = quantize.embed(quantize.lookup(z_e, codebook), codebook)
+    error = GREY * (x[::2] - run(z_q.reshape(*z_q.shape[:3], -1), method="synthesis"))
     encoder, decoder = dict(params["encoder"]), dict(params["decoder"])
-    outputs = decoder["linear"]["bias"].size // 16
-    bias, back = np.zeros((16, outputs)), np.zeros((slots * D, 16, outputs))
-    bias[:, :3], back[:, :, :3] = mean.reshape(16, 3), basis.T.reshape(-1, 16, 3) / LATENT_SCALE
-    bias[:, 3:] = logistic_start(255 * error.reshape(-1, 16, 3), outputs)
-    for net in (encoder, decoder):
-        net["last"] = jax.tree.map(jnp.zeros_like, net["last"])
-    encoder["linear"] = dense(LATENT_SCALE * basis, -LATENT_SCALE * mean @ basis)
-    decoder["linear"] = dense(back.reshape(slots * D, -1), bias.reshape(-1))
+    encoder["transform"] = transform
+    decoder["transform"] = jax.tree.map(jnp.copy, transform)  # each is donated on its own
+    bias = decoder["Filter_0"]["Dense_0"]["bias"].reshape(16, -1)
+    bias = bias.at[:, 3:].set(logistic_start(np.asarray(error, np.float64), bias.shape[-1]))
+    decoder["Filter_0"]["Dense_0"]["bias"] = bias.reshape(-1)
     return {"encoder": encoder, "decoder": decoder, "codebook": codebook}
 
 
-LATENT_SCALE = 20.0  # holds the latents to their codes: with 1, the encoder runs away from them
+def fit_transform(blocks, N, K, D):
+    """Parameters of a Transform to N slots of D numbers: blocks [n, 3 BLOCK^2], in units of GREY.
+
+    Bits go to the coefficients by reverse water-filling, GAIN_BITS to each gain, and the dimensions
+    are dealt to the slots so that each has about log2 K bits of work.
+    """
+    mean = blocks.mean(0)
+    power, vectors = np.linalg.eigh(np.cov(blocks.T))
+    power, vectors = np.maximum(power, 1e-9)[::-1], vectors[:, ::-1]  # strongest first
+    P = len(power)
+    band = np.digitize(np.arange(P), [P // 4**i for i in range(BANDS - 1, 0, -1)])
+    one_hot = np.eye(BANDS)[band]  # [P, BANDS]
+    z = (blocks - mean) @ np.float32(vectors)
+    gain = 0.5 * np.log(z**2 @ (one_hot / one_hot.sum(0) / power[:, None]) + FLOOR)
+    gain = gain - gain.mean(0)
+    power_left = ((z * np.exp(-gain)[:, band]) ** 2).mean(0)
+    bits = waterfill(power_left, N * math.log2(K) - BANDS * GAIN_BITS)
+    level = (power_left / 4**bits)[bits > 0].mean()  # mean squared error of a coefficient
+    bits = np.concatenate([bits, np.full(BANDS, GAIN_BITS)])
+
+    dealt, load, used = np.zeros((P + BANDS, N * D)), np.zeros(N), np.zeros(N, int)
+    for d in np.argsort(-bits)[: (bits > 0).sum()]:  # the next one to the slot with least to do
+        slot = np.where(used < D, load, np.inf).argmin()
+        dealt[d, slot * D + used[slot]] = 1
+        load[slot] += bits[d]
+        used[slot] += 1
+
+    weight = dealt[:P].T @ (one_hot / power[:, None])  # [N D, BANDS]
+    weight = weight / np.maximum((weight > 0).sum(0), 1)
+    strength = (z @ np.float32(dealt[:P])) ** 2 @ weight
+    usual = np.exp(np.log(strength + FLOOR).mean(0))
+    spread = (0.5 * np.log(strength / usual + FLOOR)).std(0)
+    place = dealt[P:] * (math.sqrt(level) * 2**GAIN_BITS / np.maximum(spread, 0.01))[:, None]
+    basis = vectors @ dealt[:P]
+    fitted = {"mean": SLOW * mean, "basis": SLOW * basis, "weight": weight / usual, "place": place}
+    return jax.tree.map(jnp.float32, fitted)
 
 
-def dense(kernel, bias):
-    """Parameters of an nn.Dense."""
-    return {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}
+GAIN_BITS = 7.0  # a gain's error multiplies everything in its band
 
 
 def waterfill(power, bits):
@@ -317,7 +390,7 @@ def logistic(outputs, images, variance):
     """
     del variance
     mean, log_scale = jnp.split(outputs.astype(jnp.float32), 2, -1)  # [B, 32, 32, 3] each
-    mean = 127.5 + 255 * mean  # grey levels
+    mean = 127.5 + GREY * mean  # grey levels
     return logistic_nll(images, mean, log_scale), jnp.clip(mean, 0, 255)
 
 
@@ -329,34 +402,32 @@ def colours(outputs, images, variance):
     """
     del variance
     mean, log_scale, slope = jnp.split(outputs.astype(jnp.float32), 3, -1)
-    mean = 127.5 + 255 * mean
-    error = images - mean
-    green = slope[..., 0] * error[..., 0]
-    blue = slope[..., 1] * error[..., 0] + slope[..., 2] * error[..., 1]
-    moved = mean + jnp.stack([jnp.zeros_like(green), green, blue], -1)
+    mean = 127.5 + GREY * mean
+    # Slopes times the errors of r, r, g move the means of g, b, b: as matmuls with zeros and ones,
+    # since a CPU takes four times as long over slices of single channels.
+    error_of = np.float32([[1, 1, 0], [0, 0, 1], [0, 0, 0]])
+    mean_of = np.float32([[0, 1, 0], [0, 0, 1], [0, 0, 1]])
+    error = jnp.matmul(images - mean, error_of, precision=HIGHEST)
+    moved = mean + jnp.matmul(slope * error, mean_of, precision=HIGHEST)
     return logistic_nll(images, moved, log_scale), jnp.clip(mean, 0, 255)
 
 
 def logistic_start(error, outputs):
     """What `logistic` and `colours` should say beside the mean, given its errors.
 
-    error [n, 16, 3] in grey levels, at each place of a patch -> [16, outputs - 3].
+    error [n, 32, 32, 3] in grey levels -> [outputs - 3], the same for all pixels.
     """
-    slopes = np.zeros((16, 3))
+    red, green, blue = error.reshape(-1, 3).T
+    slopes = np.zeros(3)
     if outputs == 9:
-        error = error.copy()
-        red, green, blue = error[..., 0], error[..., 1].copy(), error[..., 2]
-        for i in range(16):
-            slopes[i, 0] = red[:, i] @ green[:, i] / (red[:, i] @ red[:, i])
-            both = np.stack([red[:, i], green[:, i]], -1)
-            slopes[i, 1:] = np.linalg.lstsq(both, blue[:, i], rcond=None)[0]
-        error[..., 2] -= slopes[:, 1] * red + slopes[:, 2] * green
-        error[..., 1] -= slopes[:, 0] * red
-    log_scale = np.log(error.std(0) * math.sqrt(3) / math.pi) - LOG_SCALE  # [16, 3]
-    return np.concatenate([log_scale, slopes], -1)[:, : outputs - 3]
+        slopes[:1] = np.linalg.lstsq(red[:, None], green, rcond=None)[0]
+        slopes[1:] = np.linalg.lstsq(np.stack([red, green], -1), blue, rcond=None)[0]
+    moved = green - slopes[0] * red, blue - slopes[1] * red - slopes[2] * green
+    scale = np.std([red, *moved], axis=1) * math.sqrt(3) / math.pi
+    return np.concatenate([np.log(scale / GREY), slopes])[: outputs - 3]
 
 
-LOG_SCALE = math.log(16.0)  # an output of 0 is a scale of 16 grey levels
+GREY = 16.0  # outputs speak of means and scales in units of 16 grey levels
 
 
 def logistic_nll(x, mean, log_scale):
@@ -364,7 +435,7 @@ def logistic_nll(x, mean, log_scale):
 
     With s the logistic function, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): no cancellation.
     """
-    inverse = jnp.exp(-jnp.clip(log_scale + LOG_SCALE, -4, 6))
+    inverse = jnp.exp(-jnp.clip(log_scale + math.log(GREY), -4, 6))
     above = jnp.where(x < 255, nn.log_sigmoid((x + 0.5 - mean) * inverse), 0.0)
     below = jnp.where(x > 0, nn.log_sigmoid((mean - x + 0.5) * inverse), 0.0)
     inner = jnp.where((x > 0) & (x < 255), jnp.log(-jnp.expm1(-inverse)), 0.0)

@@ -58,29 +58,26 @@ def nearest(z, codebook):
     return jnp.min(jnp.where(half_distance == half_distance.min(), k, len(codebook) - 1))
 
 
-def over_slots(function, codebook):
-    """`function(field of one slot, its codebook)` lifted over the slots: in_axes 0 or None."""
-    if len(codebook) == 1:
-        return lambda field: jax.vmap(function, (0, None))(field, codebook[0])
-    return lambda field: jax.vmap(function, (0, 0))(field, codebook)
-
-
 def lookup(z_e, codebook):
     """Codes of a field: `nearest` over slots, positions and batch.
 
     z_e [B, h, w, N, D] and codebook [S, K, D] -> codes [B, h, w, N], int32.
     """
-    one_position = over_slots(nearest, sg(codebook))
-    one_image = jax.vmap(jax.vmap(one_position))
-    if jax.default_backend() == "cpu":  # image by image, the distances stay in cache
-        return jax.lax.map(one_image, sg(z_e))
-    return jax.vmap(one_image)(sg(z_e))
+    N, D = z_e.shape[-2:]
+    z = jnp.moveaxis(sg(z_e), -2, 0).reshape(N, -1, D)  # [N, B h w, D]
+    codebook = jnp.broadcast_to(sg(codebook), (N, *codebook.shape[1:]))
+    one_slot = jax.vmap(nearest, (0, None))
+    if jax.default_backend() == "cpu":  # slot by slot, the distances stay in cache
+        codes = jax.lax.map(lambda pair: one_slot(*pair), (z, codebook))
+    else:
+        codes = jax.vmap(one_slot)(z, codebook)
+    return jnp.moveaxis(codes.reshape(N, *z_e.shape[:-2]), 0, -1)  # [B, h, w, N]
 
 
 def embed(codes, codebook):
     """The codes' vectors: codes [B, h, w, N] and codebook [S, K, D] -> [B, h, w, N, D]."""
-    one_position = over_slots(lambda k, e: e[k], codebook)
-    return jax.vmap(jax.vmap(jax.vmap(one_position)))(codes)
+    slot = jnp.arange(codes.shape[-1]) % len(codebook)  # 0 for all of them if it is shared
+    return codebook[slot, codes]
 
 
 def straight_through(z_e, e):
