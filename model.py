@@ -144,7 +144,7 @@ class Decoder(Net):
 
 
 class Filter(Net):
-    """Image to image on 4x4 patches: x [B, 32, 32, C] -> [B, 32, 32, features], zero at the start."""
+    """Image to image on 4x4 patches, zero at first: [B, 32, 32, C] -> [B, 32, 32, features]."""
 
     @nn.compact
     def __call__(self, x):

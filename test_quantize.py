@@ -1156,7 +1156,7 @@ def test_bad_servers(tmp_path, monkeypatch, capsys, answer):
 
 @pytest.mark.parametrize("preset", ["paper", pytest.param("fast", marks=slow)])
 def test_eight_devices_do_what_one_does(tmp_path, preset):
-    """The batch split over 8 virtual devices: the same losses up to rounding, and 8 of them used."""
+    """The batch split over 8 virtual devices: the same losses up to rounding."""
     flags = ["--dataset=photo", f"--preset={preset}", *TINY_FLAGS, "--steps=4", "--log_every=1"]
     if preset == "fast":
         flags += ["--K=32", "--slots=4", "--flip"]
