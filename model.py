@@ -6,6 +6,7 @@
     Decoder   the mirror: two residual blocks, two 4x4 transposed convolutions of stride 2
     likelihood  outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
 
+The `transform` nets of the `fast` preset are not the paper's: their field is 2 x 2 with 16 N slots.
 The letters are those of quantize.py; `outputs` holds what the likelihood asks for at each pixel.
 Parameters are float32; `dtype` is that of the activations.
 """

@@ -1154,7 +1154,8 @@ def test_bad_servers(tmp_path, monkeypatch, capsys, answer):
 
 
 
-@pytest.mark.parametrize("preset", ["paper", pytest.param("fast", marks=slow)])
+@slow
+@pytest.mark.parametrize("preset", ["paper", "fast"])
 def test_eight_devices_do_what_one_does(tmp_path, preset):
     """The batch split over 8 virtual devices: the same losses up to rounding."""
     flags = ["--dataset=photo", f"--preset={preset}", *TINY_FLAGS, "--steps=4", "--log_every=1"]
