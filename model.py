@@ -6,7 +6,7 @@
     Decoder   the mirror: two residual blocks, two 4x4 transposed convolutions of stride 2
     likelihood  outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
 
-The `transform` nets of the `fast` preset are not the paper's: their field is 2 x 2 with 16 N slots.
+The `transform` nets of the `fast` preset are not the paper's: their field is 4 x 4 with 4 N slots.
 The letters are those of quantize.py; `outputs` holds what the likelihood asks for at each pixel.
 Parameters are float32; `dtype` is that of the activations.
 """
@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import quantize
 from quantize import sg
@@ -124,7 +125,7 @@ class Encoder(Net):
     @nn.compact
     def __call__(self, x):
         stem = self.hidden // 2 if self.deepmind else self.hidden
-        x = nn.relu(Down(stem, self.dtype)(x))  # [B, 16, 16, stem]
+        x = nn.relu(Down(stem, self.dtype)(x.astype(self.dtype)))  # [B, 16, 16, stem]
         x = Down(self.hidden, self.dtype)(x)  # [B, 8, 8, hidden]
         if self.deepmind:
             x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(nn.relu(x))
@@ -144,79 +145,81 @@ class Decoder(Net):
         return Up(self.features, self.dtype)(x)  # [B, 32, 32, features]
 
 
-class Filter(Net):
-    """Image to image on 4x4 patches, zero at first: [B, 32, 32, C] -> [B, 32, 32, features]."""
+class TransformEncoder(Net):
+    """Not the paper's: a linear map of 8x8 blocks, and the strength of its bands in each block.
 
-    @nn.compact
-    def __call__(self, x):
-        x = to_blocks(x, 4)  # [B, 8, 8, 16 C]
-        x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(x)
-        x = residual_blocks(x, self)
-        last = nn.Dense(16 * self.features, dtype=self.dtype, kernel_init=nn.initializers.zeros)
-        return from_blocks(last(x), 4)
-
-
-class Transform(nn.Module):
-    """16x16 blocks to latents or back; `transform_start` fits it, training bends it slowly.
-
-    Coefficients are those of the blocks' eigenvectors, in BANDS bands. Each band is divided by its
-    own strength in the block, its gain, so that one codebook serves smooth blocks and busy ones;
-    the logarithms of the gains are latents too. Encoder and decoder have one each.
+    x [B, 32, 32, 3] -> [B, 4, 4, features]. The blocks overlap, by a filter across their borders
+    (`fit_overlap`). Each band of coefficients is divided by its strength,
+    so that one codebook serves smooth blocks and busy ones. The strengths' logarithms, the gains,
+    are slot 0, and are rounded to their code first: both sides then divide and multiply by the
+    same. `transform_start` fits all of it; hidden, residual and blocks are the decoder's alone.
     """
 
-    latents: int  # numbers for a block: slots x D
-
-    def setup(self):
-        fitted = lambda name, *shape: self.param(name, nn.initializers.ones, shape)
-        # Adam moves all parameters alike; held at ten times their size, these move a tenth as far.
-        self.mean = fitted("mean", 3 * BLOCK**2) / SLOW
-        self.basis = fitted("basis", 3 * BLOCK**2, self.latents) / SLOW  # orthonormal, or zero
-        self.weight = sg(fitted("weight", self.latents, BANDS))  # squares -> a band's strength
-        self.place = sg(fitted("place", BANDS, self.latents))  # one a row: which latent is a gain
-
-    def analysis(self, x):
-        """x [B, 32, 32, 3] -> [B, 2, 2, latents]. Full precision: codes hang on the last bits."""
-        z = jnp.matmul(to_blocks(x, BLOCK) - self.mean, self.basis, precision=HIGHEST)
-        gain = 0.5 * jnp.log(z**2 @ self.weight + FLOOR)  # [B, 2, 2, BANDS]
-        return z * self.spread(-gain) + gain @ self.place
-
-    def synthesis(self, z):
-        """Back, the inverse before training: z [B, 2, 2, latents] -> [B, 32, 32, 3]."""
-        gain = z @ (self.place / jnp.sum(self.place**2, -1, keepdims=True)).T
-        x = jnp.matmul(z * self.spread(gain), self.basis.T, precision=HIGHEST)
-        return from_blocks(x + self.mean, BLOCK)
-
-    def spread(self, gain):
-        """exp(gain) of each latent's band: [B, 2, 2, BANDS] -> [B, 2, 2, latents]."""
-        return jnp.exp(gain @ (self.weight.T > 0))
-
-
-BLOCK = 16  # pixels on each side of what is transformed together
-BANDS = 5  # bands of 3, 9, 36, 144 and 576 coefficients, strongest first
-SLOW = 10.0
-FLOOR = 0.1  # of a band's usual strength squared: below it, the gain no longer follows
-
-
-class TransformEncoder(Net):
-    """Not the paper's: a filter in the image, then the transform. features: latents of a block."""
-
     @nn.compact
-    def __call__(self, x):
-        x = x * (255 / GREY)
-        sizes = (self.hidden, self.residual, self.blocks, self.dtype)
-        x = x + Filter(3, *sizes)(x / 4).astype(jnp.float32)
-        return Transform(self.features, name="transform").analysis(x)  # [B, 2, 2, features]
+    def __call__(self, x, codebook):
+        D = codebook.shape[-1]
+        overlap, mean, basis, weight = transform_parameters(self, self.features - D)
+        x = to_blocks(both_ways(x * (255 / GREY), overlap), BLOCK)  # [B, 4, 4, P]
+        z = jnp.matmul(x - mean, basis, precision=HIGHEST)  # codes hang on the last bits
+        gain = 0.5 * jnp.log(z**2 @ weight + FLOOR)  # [B, 4, 4, BANDS]
+        gain = sg(jnp.pad(gain, [(0, 0)] * 3 + [(0, D - BANDS)]))  # [B, 4, 4, D]
+        codebook = sg(codebook[:1])
+        rounded = quantize.embed(quantize.lookup(gain[..., None, :], codebook), codebook)
+        z = z * band_scale(-rounded[..., 0, :BANDS], weight)
+        return jnp.concatenate([gain, z], -1)
 
 
 class TransformDecoder(Net):
-    """The mirror: the transform back, then a filter, which also says how sure the means are."""
+    """The inverse map, then a filter in the image: [B, 4, 4, N D] -> [B, 32, 32, features].
+
+    The gains say how large the errors of a block are, which is most of what its scales need. The
+    filter works on 4x4 patches and adds zero at first.
+    """
 
     @nn.compact
     def __call__(self, z):
-        x = Transform(z.shape[-1], name="transform").synthesis(z)  # [B, 32, 32, 3]
-        sizes = (self.hidden, self.residual, self.blocks, self.dtype)
-        outputs = Filter(self.features, *sizes)(x / 4).astype(jnp.float32)
-        return jnp.concatenate([outputs[..., :3] + x, outputs[..., 3:]], -1)
+        gain = z[..., :BANDS]
+        overlap, mean, basis, weight = transform_parameters(self, z.shape[-1])
+        z = jnp.matmul(z * band_scale(gain, weight), basis.T, precision=HIGHEST)  # [B, 4, 4, P]
+        x = both_ways(from_blocks(z + mean, BLOCK), overlap)  # [B, 32, 32, 3]
+        log_scale = gain @ self.param("log_scale", nn.initializers.zeros, (BANDS, 3))
+        log_scale = jnp.repeat(jnp.repeat(log_scale, BLOCK, 1), BLOCK, 2)  # [B, 32, 32, 3]
+
+        h = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(to_blocks(x / 4, 4))  # [B, 8, 8, hidden]
+        last = nn.Dense(16 * self.features, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+        y = from_blocks(last(residual_blocks(h, self)), 4).astype(jnp.float32)
+        return y.at[..., :3].add(x).at[..., 3:6].add(log_scale)
+
+
+def transform_parameters(module, latents):
+    """What a transform consists of; P = 3 BLOCK^2. overlap and weight stay as fitted.
+
+    overlap [32, 32] filters across the borders of blocks, or undoes that; mean [P]; basis
+    [P, latents]; weight [latents, BANDS]: squares of coefficients -> strength of a band, squared.
+    """
+    P = 3 * BLOCK**2
+    overlap = module.param("overlap", nn.initializers.zeros, (32, 32))
+    mean = module.param("mean", nn.initializers.zeros, (P,))
+    basis = module.param("basis", nn.initializers.zeros, (P, latents))
+    weight = module.param("weight", nn.initializers.zeros, (latents, BANDS))
+    # Adam moves all parameters alike; held at ten times their size, these move a tenth as far.
+    return sg(overlap), mean / SLOW, basis / SLOW, sg(weight)
+
+
+def both_ways(x, matrix):
+    """matrix [32, 32] on the columns and on the rows of images: [B, 32, 32, C] -> the same."""
+    return jnp.einsum("ij,bjkc,lk->bilc", matrix, x, matrix, precision=HIGHEST)
+
+
+def band_scale(gain, weight):
+    """exp(gain) of each latent's band: gain [B, 4, 4, BANDS] -> [B, 4, 4, latents]."""
+    return jnp.exp(gain @ (weight.T > 0))
+
+
+BLOCK = 8  # pixels on each side of what is transformed together
+BANDS = 4  # bands of 3, 9, 36 and 144 coefficients, strongest first
+SLOW = 10.0
+FLOOR = 0.1  # of a band's usual strength squared: below it, the gain no longer follows
 
 
 # name -> encoder, decoder, and how many of the 8x8 positions are coded as one with all their slots
@@ -269,12 +272,13 @@ class VQVAE(nn.Module):
 
     def encode(self, images):
         """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
-        z = self.encoder((images / 255.0 - 0.5).astype(self.dtype))  # [B, 8, 8, N D]
+        codes = [self.codebook] if self.net == "transform" else []
+        z = self.encoder(images / 255.0 - 0.5, *codes)  # [B, 8, 8, N D]
         return z.reshape(*z.shape[:3], -1, self.D).astype(jnp.float32)
 
     def decode(self, z_q):
         """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], in the dtype of the activations."""
-        return self.decoder(z_q.reshape(*z_q.shape[:3], -1).astype(self.dtype))
+        return self.decoder(z_q.reshape(*z_q.shape[:3], -1))
 
     def to_codes(self, images):
         """images uint8 [B, 32, 32, 3] -> codes [B, 8, 8, N], int32."""
@@ -299,71 +303,141 @@ def from_blocks(x, size):
     return x.reshape(B, size * h, size * w, -1)
 
 
-def transform_start(params, images, key):
+def transform_start(net, params, images, key):
     """Parameters of a `transform` net with which step 0 is already a good quantiser of blocks.
 
-    The transform is fitted, k-means makes the codebooks, and the filters start at zero: they only
-    have to learn what the transform cannot. images: uint8 [n, 32, 32, 3], some thousand of them.
+    The map is fitted, k-means makes the codebooks, and the filter starts at zero: it only has to
+    learn what a linear map cannot. images: uint8 [n, 32, 32, 3], some thousand of them.
     """
     N, K, D = params["codebook"].shape
     x = np.concatenate([images, images[:, :, ::-1]])
     x = (x - np.float32(127.5)) / np.float32(GREY)
-    transform = fit_transform(np.asarray(to_blocks(x, BLOCK)).reshape(-1, 3 * BLOCK**2), N, K, D)
-    net = Transform(N * D)
-    run = functools.partial(jax.jit(net.apply, static_argnames="method"), {"params": transform})
-    z_e = run(x[::2], method="analysis")  # of half of them: [n, 2, 2, N D]
-    z_e = z_e.reshape(*z_e.shape[:3], N, D)
-    codebook = quantize.kmeans(key, z_e, N, K)
-    z_q = quantize.embed(quantize.lookup(z_e, codebook), codebook)
-    error = GREY * (x[::2] - run(z_q.reshape(*z_q.shape[:3], -1), method="synthesis"))
-    encoder, decoder = dict(params["encoder"]), dict(params["decoder"])
-    encoder["transform"] = transform
-    decoder["transform"] = jax.tree.map(jnp.copy, transform)  # each is donated on its own
-    bias = decoder["Filter_0"]["Dense_0"]["bias"].reshape(16, -1)
-    bias = bias.at[:, 3:].set(logistic_start(np.asarray(error, np.float64), bias.shape[-1]))
-    decoder["Filter_0"]["Dense_0"]["bias"] = bias.reshape(-1)
-    return {"encoder": encoder, "decoder": decoder, "codebook": codebook}
+    overlap = fit_overlap(x)
+    blocks = np.asarray(to_blocks(both_ways(x, overlap), BLOCK)).reshape(-1, 3 * BLOCK**2)
+    bits = (N - 1) * math.log2(K)
+    colour = colour_scale(blocks, bits) if net.outputs == 9 else np.eye(3)
+    encoder, decoder = fit_transform(blocks, bits, N - 1, D, colour)
+    encoder = {**params["encoder"], **encoder, "overlap": overlap}
+    decoder = {**params["decoder"], **decoder, "overlap": jnp.linalg.inv(overlap)}
+    params = {"encoder": encoder, "decoder": decoder, "codebook": params["codebook"]}
+
+    encode = jax.jit(lambda p: net.apply({"params": p}, images, method="encode"))
+    gains = quantize.kmeans(key, encode(params)[..., :1, :], 1, K)
+    params["codebook"] = params["codebook"].at[:1].set(gains)
+    z_e = encode(params)[..., 1:, :]  # divided by the gains as those will be rounded
+    rest = quantize.kmeans(key, z_e, N - 1, K)
+    params["codebook"] = params["codebook"].at[1:].set(rest)
+
+    outputs, z_e, _ = jax.jit(net.apply)({"params": params}, images[:1000])
+    error = images[:1000] - (127.5 + GREY * np.asarray(outputs[..., :3], np.float64))
+    bias = decoder["Dense_0"]["bias"].reshape(16, -1)  # [16, outputs]
+    start, decoder["log_scale"] = logistic_start(error, z_e[..., 0, :BANDS], net.outputs)
+    decoder["Dense_0"] = {**decoder["Dense_0"], "bias": bias.at[:, 3:].set(start).reshape(-1)}
+    return params
 
 
-def fit_transform(blocks, N, K, D):
-    """Parameters of a Transform to N slots of D numbers: blocks [n, 3 BLOCK^2], in units of GREY.
+def fit_overlap(x, steps=500):
+    """Filter across the borders of blocks that makes the map of each block code best: [32, 32].
 
-    Bits go to the coefficients by reverse water-filling, GAIN_BITS to each gain, and the dimensions
-    are dealt to the slots so that each has about log2 K bits of work.
+    The pre-filter of a lapped transform (Tran, Liang and Tu 2003): on the BLOCK pixels around each
+    border a butterfly, a matrix V on the differences, the butterfly again. V is what makes
+    log det of the blocks' covariance and the error that the inverse spreads smallest together.
+    x [n, 32, 32, 3]; rows and columns of its grey values are what is fitted.
+    """
+    grey = np.asarray(x).mean(-1)
+    lines = np.concatenate([grey, grey.swapaxes(1, 2)]).reshape(-1, 32)
+    covariance = jnp.float32(np.cov(lines.T))
+    half = BLOCK // 2
+    mirror = np.eye(half)[::-1]
+    butterfly = np.block([[np.eye(half), mirror], [mirror, -np.eye(half)]]) / 2**0.5
+    borders, starts = range(half, 32 - BLOCK, BLOCK), range(0, 32, BLOCK)
+
+    def overlap(V):
+        around = butterfly @ jax.scipy.linalg.block_diag(jnp.eye(half), V) @ butterfly
+        return jax.scipy.linalg.block_diag(
+            jnp.eye(half), *[around for _ in borders], jnp.eye(half)
+        )
+
+    def cost(V):
+        F = overlap(V)
+        filtered = jnp.linalg.multi_dot([F, covariance, F.T], precision=HIGHEST)
+        blocks = jnp.stack([filtered[i : i + BLOCK, i : i + BLOCK] for i in starts])
+        spread = jnp.sum(jnp.linalg.inv(F) ** 2) / 32
+        return jnp.linalg.slogdet(blocks)[1].sum() / 32 + jnp.log(spread)
+
+    optimizer = optax.adam(0.02)
+
+    def step(carry, _):
+        V, state = carry
+        updates, state = optimizer.update(jax.grad(cost)(V), state)
+        return (V + updates, state), None
+
+    V = jnp.eye(half)
+    (V, _), _ = jax.lax.scan(step, (V, optimizer.init(V)), length=steps)
+    return overlap(V)
+
+
+def colour_scale(blocks, bits, rounds=40):
+    """What to multiply the colours of a pixel by before the transform, for `colours`: [3, 3].
+
+    Conditioned on one another, colours cost the logarithm of the determinant of their errors'
+    covariance: the product of the errors along three axes, where a mean squared error has the sum.
+    Chroma is smooth, so bits make its error small in all pixels at once, and belong there. With the
+    best split the scaled errors are alike along all axes. blocks and `bits` as in fit_transform.
+    """
+    covariance, colour, pixels = np.cov(blocks.T), np.eye(3), BLOCK**2
+    for _ in range(rounds):
+        scale = np.kron(np.eye(pixels), colour)
+        power, vectors = np.linalg.eigh(scale.T @ covariance @ scale)
+        power = np.maximum(power, 1e-9)
+        left = power / 4 ** waterfill(power, bits)
+        error = ((vectors * left) @ vectors.T).reshape(pixels, 3, pixels, 3)
+        colour = colour @ np.linalg.inv(np.einsum("iaib->ab", error))
+        colour = colour / np.cbrt(np.linalg.det(colour))
+    return colour
+
+
+def fit_transform(blocks, bits, N, D, colour):
+    """Parameters of the linear map of blocks to N slots of D numbers, and of its inverse.
+
+    blocks [n, 3 BLOCK^2] in units of GREY; colour [3, 3] scales what is then held equally dear.
+    The coefficients are those of eigenvectors. `bits` go to them by reverse water-filling, and they
+    are dealt to the slots so that each has about as many bits of work.
     """
     mean = blocks.mean(0)
+    blocks = ((blocks - mean).reshape(-1, 3) @ np.float32(colour)).reshape(blocks.shape)
     power, vectors = np.linalg.eigh(np.cov(blocks.T))
     power, vectors = np.maximum(power, 1e-9)[::-1], vectors[:, ::-1]  # strongest first
     P = len(power)
     band = np.digitize(np.arange(P), [P // 4**i for i in range(BANDS - 1, 0, -1)])
     one_hot = np.eye(BANDS)[band]  # [P, BANDS]
-    z = (blocks - mean) @ np.float32(vectors)
+    z = blocks @ np.float32(vectors)
     gain = 0.5 * np.log(z**2 @ (one_hot / one_hot.sum(0) / power[:, None]) + FLOOR)
     gain = gain - gain.mean(0)
-    power_left = ((z * np.exp(-gain)[:, band]) ** 2).mean(0)
-    bits = waterfill(power_left, N * math.log2(K) - BANDS * GAIN_BITS)
-    level = (power_left / 4**bits)[bits > 0].mean()  # mean squared error of a coefficient
-    bits = np.concatenate([bits, np.full(BANDS, GAIN_BITS)])
+    share = waterfill(((z * np.exp(-gain)[:, band]) ** 2).mean(0), bits)
 
-    dealt, load, used = np.zeros((P + BANDS, N * D)), np.zeros(N), np.zeros(N, int)
-    for d in np.argsort(-bits)[: (bits > 0).sum()]:  # the next one to the slot with least to do
-        slot = np.where(used < D, load, np.inf).argmin()
+    dealt, load, used = np.zeros((P, N * D)), np.zeros(N), np.zeros(N, int)
+    for d in np.argsort(-share)[: min((share > 0).sum(), N * D)]:
+        slot = np.where(used < D, load, np.inf).argmin()  # the next one where there is least to do
         dealt[d, slot * D + used[slot]] = 1
-        load[slot] += bits[d]
+        load[slot] += share[d]
         used[slot] += 1
 
-    weight = dealt[:P].T @ (one_hot / power[:, None])  # [N D, BANDS]
+    weight = dealt.T @ (one_hot / power[:, None])  # [N D, BANDS]
     weight = weight / np.maximum((weight > 0).sum(0), 1)
-    strength = (z @ np.float32(dealt[:P])) ** 2 @ weight
-    usual = np.exp(np.log(strength + FLOOR).mean(0))
-    spread = (0.5 * np.log(strength / usual + FLOOR)).std(0)
-    place = dealt[P:] * (math.sqrt(level) * 2**GAIN_BITS / np.maximum(spread, 0.01))[:, None]
-    basis = vectors @ dealt[:P]
-    fitted = {"mean": SLOW * mean, "basis": SLOW * basis, "weight": weight / usual, "place": place}
-    return jax.tree.map(jnp.float32, fitted)
-
-
-GAIN_BITS = 7.0  # a gain's error multiplies everything in its band
+    strength = (z @ np.float32(dealt)) ** 2 @ weight
+    weight = weight / np.exp(np.log(strength + FLOOR).mean(0))
+    basis = (vectors @ dealt).reshape(P // 3, 3, -1)
+    there = np.einsum("ab,ibc->iac", colour, basis).reshape(P, -1)
+    back = np.einsum("ba,ibc->iac", np.linalg.inv(colour), basis).reshape(P, -1)
+    slot_0 = np.zeros((D, BANDS)), np.zeros((P, D))
+    encoder = {"mean": SLOW * mean, "basis": SLOW * there, "weight": weight}
+    decoder = {
+        "mean": SLOW * mean,
+        "basis": SLOW * np.concatenate([slot_0[1], back], 1),
+        "weight": np.concatenate([slot_0[0], weight]),
+    }
+    return jax.tree.map(jnp.float32, (encoder, decoder))
 
 
 def waterfill(power, bits):
@@ -413,19 +487,23 @@ def colours(outputs, images, variance):
     return logistic_nll(images, moved, log_scale), jnp.clip(mean, 0, 255)
 
 
-def logistic_start(error, outputs):
+def logistic_start(error, gain, outputs):
     """What `logistic` and `colours` should say beside the mean, given its errors.
 
-    error [n, 32, 32, 3] in grey levels -> [outputs - 3], the same for all pixels.
+    error [n, 32, 32, 3] in grey levels and gain [n, 4, 4, BANDS] -> the same [outputs - 3] for all
+    pixels, and how log scales depend on the gains [BANDS, 3].
     """
     red, green, blue = error.reshape(-1, 3).T
     slopes = np.zeros(3)
     if outputs == 9:
         slopes[:1] = np.linalg.lstsq(red[:, None], green, rcond=None)[0]
         slopes[1:] = np.linalg.lstsq(np.stack([red, green], -1), blue, rcond=None)[0]
-    moved = green - slopes[0] * red, blue - slopes[1] * red - slopes[2] * green
-    scale = np.std([red, *moved], axis=1) * math.sqrt(3) / math.pi
-    return np.concatenate([np.log(scale / GREY), slopes])[: outputs - 3]
+    moved = np.stack([red, green - slopes[0] * red, blue - slopes[1:] @ [red, green]], -1)
+    blocks = np.asarray(to_blocks(moved.reshape(error.shape), BLOCK)).reshape(-1, BLOCK**2, 3)
+    scale = np.sqrt((blocks**2).mean(1) + 0.05) * (math.sqrt(3) / math.pi / GREY)  # [16 n, 3]
+    factors = np.concatenate([np.asarray(gain).reshape(-1, BANDS), np.ones((len(scale), 1))], 1)
+    weights = np.linalg.lstsq(factors, np.log(scale), rcond=None)[0]  # [BANDS + 1, 3]
+    return np.concatenate([weights[-1], slopes])[: outputs - 3], jnp.float32(weights[:-1])
 
 
 GREY = 16.0  # outputs speak of means and scales in units of 16 grey levels

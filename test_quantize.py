@@ -306,8 +306,9 @@ def test_no_shared_blocks_and_every_parameter_learns():
         config, net = tiny(preset)
         images = pictures()
         params = train.init_state(config, net, images).params
-        encoder = params["encoder"].get("Filter_0", params["encoder"])
-        first, second = (encoder[f"Residual_{i}"]["Conv_0"]["kernel"] for i in range(2))
+        first, second = (
+            params["decoder"][f"Residual_{i}"]["Conv_0"]["kernel"] for i in range(2)
+        )
         assert not np.array_equal(first, second)
         params = jax.tree.map(lambda p: jnp.where(p.any(), p, 0.01), params)  # zero at the start
 
@@ -316,7 +317,7 @@ def test_no_shared_blocks_and_every_parameter_learns():
             return (outputs**2).mean() + q.codebook_loss + q.commitment_loss
 
         for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
-            fixed = path[-1].key in ("weight", "place")  # what gains are, is fitted once
+            fixed = path[-1].key in ("weight", "overlap")  # fitted once
             assert (np.abs(grad).max() == 0) == fixed, path
 
 
@@ -454,47 +455,88 @@ def test_blocks_and_back():
     np.testing.assert_array_equal(model.from_blocks(blocks, 4), x)
 
 
-def test_the_transform_has_an_inverse():
-    """Where every coefficient is kept and nothing is rounded, synthesis undoes analysis."""
+def fitted_transform(N, bits):
+    """Encoder and decoder of a transform fitted to photos, their parameters, a codebook, images."""
     images = data.load("photo", "unused", val=False).train[::10]
     x = (images - np.float32(127.5)) / np.float32(model.GREY)
-    blocks = np.asarray(model.to_blocks(x, model.BLOCK)).reshape(-1, 768)
-    transform = {"params": model.fit_transform(blocks, N=200, K=2**16, D=4)}
-    net = model.Transform(800)
-    z = net.apply(transform, x[:20], method="analysis")
-    assert z.shape == (20, 2, 2, 800)
-    back = net.apply(transform, z, method="synthesis")
-    np.testing.assert_allclose(back, x[:20], atol=0.02)
-    gain = z @ (transform["params"]["place"] > 0).T  # [20, 2, 2, BANDS], varies with the block
-    assert np.asarray(gain).std((0, 1, 2)).min() > 0
+    overlap = model.fit_overlap(x)
+    blocks = np.asarray(model.to_blocks(model.both_ways(x, overlap), model.BLOCK)).reshape(-1, 192)
+    D, colour = 6, np.float32([[1.2, -0.6, -0.2], [-0.6, 1.5, -0.6], [-0.2, -0.6, 1.2]])
+    params = model.fit_transform(blocks, bits, N - 1, D, colour)
+    codebook = jax.random.normal(jax.random.key(0), (N, 32, D))
+    codebook = codebook.at[0, :, model.BANDS :].set(0)
+    sizes = (8, 4, 0, jnp.float32)
+    nets = model.TransformEncoder(N * D, *sizes), model.TransformDecoder(6, *sizes)
+    decoder = nets[1].init(jax.random.key(1), jnp.zeros((1, 4, 4, N * D)))["params"]
+    encoder = {**params[0], "overlap": overlap}
+    decoder = {**decoder, **params[1], "overlap": np.linalg.inv(overlap)}
+    return nets, (encoder, decoder), codebook, blocks, images / 255 - 0.5
+
+
+def test_the_transform_has_an_inverse():
+    """Where every coefficient is kept and only the gains are rounded, the decoder undoes all."""
+    nets, params, codebook, _, x = fitted_transform(N=50, bits=1600)
+    z = nets[0].apply({"params": params[0]}, x[:20], codebook)
+    assert z.shape == (20, 4, 4, 300)
+    gain, z = np.split(z, [6], -1)
+    assert gain[..., :4].std((0, 1, 2)).min() > 0.1 and not gain[..., 4:].any()
+    codes = quantize.lookup(gain[..., None, :], codebook[:1])
+    rounded = quantize.embed(codes, codebook[:1])[..., 0, :]
+    assert len(np.unique(codes)) > 3
+    outputs = nets[1].apply({"params": params[1]}, np.concatenate([rounded, z], -1))
+    np.testing.assert_allclose(outputs[..., :3], x[:20] * 255 / model.GREY, atol=0.02)
 
 
 def test_the_transform_against_numpy():
-    """Band by band: coefficients over the band's strength, whose logarithm is a latent."""
-    images = data.load("photo", "unused", val=False).train[::10]
-    x = (images - np.float32(127.5)) / np.float32(model.GREY)
-    blocks = np.asarray(model.to_blocks(x, model.BLOCK)).reshape(-1, 768)
-    params = model.fit_transform(blocks, N=160, K=512, D=4)
-    net = model.Transform(640)
-    latents = net.apply({"params": params}, x[:1], method="analysis")[0, 1, 0]
-    mean, basis, weight, place = (
-        np.float64(params[name]) for name in ("mean", "basis", "weight", "place")
-    )
-    mean, basis = mean / model.SLOW, basis / model.SLOW
-    kept = basis[:, np.abs(basis).sum(0) > 0]
-    np.testing.assert_allclose(kept.T @ kept, np.eye(kept.shape[1]), atol=1e-5)
-    z = (blocks[2] - mean) @ basis  # blocks come row by row: 2 is the left one of the lower row
+    """Band by band: coefficients over the rounded strength of the band in this block."""
+    nets, params, codebook, blocks, x = fitted_transform(N=40, bits=360)
+    latents = nets[0].apply({"params": params[0]}, x[:1], codebook)[0, 1, 2]
+    mean, basis, weight = (np.float64(params[0][name]) for name in ("mean", "basis", "weight"))
+    z = (blocks[6] - mean / model.SLOW) @ basis / model.SLOW  # block 6 is in row 1, column 2
+    gain = 0.5 * np.log(z**2 @ weight + model.FLOOR)
+    np.testing.assert_allclose(latents[:4], gain, rtol=1e-3, atol=1e-3)
+    code = np.square(np.asarray(codebook)[0, :, :4] - gain).sum(-1).argmin()
     for band in range(model.BANDS):
         members = np.flatnonzero(weight[:, band])
-        strength = (weight[members, band] * z[members] ** 2).sum() + model.FLOOR
-        np.testing.assert_allclose(
-            latents[members], z[members] / math.sqrt(strength), rtol=1e-3, atol=1e-3
-        )
-        (gain,) = np.flatnonzero(place[band])
-        assert weight[gain].sum() == 0
-        np.testing.assert_allclose(
-            latents[gain], place[band, gain] * 0.5 * math.log(strength), rtol=1e-3, atol=1e-3
-        )
+        assert len(members)
+        divided = z[members] / math.exp(codebook[0, code, band])
+        np.testing.assert_allclose(latents[6:][members], divided, rtol=1e-3, atol=1e-3)
+
+
+def test_the_overlap_makes_blocks_cheaper():
+    """Of smooth lines: log det of the blocks and the inverse's spread, against no overlap."""
+    place = np.arange(32)
+    covariance = 0.95 ** np.abs(place[:, None] - place)
+    root = np.linalg.cholesky(covariance)
+    noise = np.random.default_rng(0).normal(size=(4000, 32, 32))
+    images = np.einsum("ij,njk,lk->nil", root, noise, root)[..., None] * np.ones(3)
+    F = np.float64(model.fit_overlap(images))
+    outside = np.ones((32, 32), bool)
+    for i in range(0, 32, model.BLOCK):
+        outside[i : i + model.BLOCK, i : i + model.BLOCK] = False  # what no overlap would leave
+    assert np.abs(F[outside]).max() > 0.1
+    assert not F[:4, 4:].any() and (F[:4, :4] == np.eye(4)).all()  # the image's edge is no border
+
+    def cost(F):
+        blocks = F @ covariance @ F.T
+        places = [slice(i, i + model.BLOCK) for i in range(0, 32, model.BLOCK)]
+        bits = sum(np.linalg.slogdet(blocks[p, p])[1] for p in places) / 32
+        return bits + np.log((np.linalg.inv(F) ** 2).sum() / 32)
+
+    assert cost(F) < cost(np.eye(32)) - 0.1  # 0.127 at best, by gradient descent in float64
+
+
+def test_colours_are_scaled_until_their_errors_are_alike():
+    """Smooth chroma under a noisy luma gets a larger scale; white noise is left alone."""
+    rng = np.random.default_rng(0)
+    white = rng.normal(size=(2000, 192))
+    np.testing.assert_allclose(model.colour_scale(white, 200), np.eye(3), atol=0.1)
+    luma = rng.normal(size=(2000, 64, 1)) * np.ones(3)
+    chroma = rng.normal(size=(2000, 1, 3))  # the same in all pixels of a block
+    blocks = (luma + chroma).reshape(2000, 192) + 0.01 * white
+    scale = model.colour_scale(blocks, 200)
+    towards = [np.linalg.norm(np.array(axis) @ scale) for axis in ([1, 1, 1], [1, -1, 0])]
+    assert towards[1] / 2**0.5 > 3 * towards[0] / 3**0.5
 
 
 @slow
@@ -920,6 +962,7 @@ WRONG = """
 --preset paper --init pca|--net transform
 --preset paper --net transform|--init pca
 --preset fast --shared|a codebook for each slot
+--preset fast --D 3|--D 4
 --preset fast --likelihood categorical|--likelihood logistic
 --preset fast --likelihood gaussian|--likelihood logistic
 --seed -1|at least 0

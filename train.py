@@ -110,8 +110,8 @@ class Config:
 PRESETS = {
     "paper": {},
     "fast": {
-        "net": "transform", "hidden": 128, "residual": 32, "D": 4, "likelihood": "colours",
-        "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 4.0, "lr": 1.2e-3,
+        "net": "transform", "hidden": 128, "residual": 32, "D": 6, "likelihood": "colours",
+        "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 4.0, "lr": 6e-4,
         "warmup": 200, "decay": 0.7, "batch": 64, "steps": 4_000, "flip": True,
     },
     "notebook": {
@@ -175,6 +175,8 @@ def configure(overrides):
         raise UsageError("--net transform is fitted by --init pca, and only that: give both.")
     if config.init == "pca" and config.shared:
         raise UsageError("--init pca makes a codebook for each slot: leave --shared out.")
+    if config.net == "transform" and config.D < model.BANDS:
+        raise UsageError(f"--net transform needs --D {model.BANDS}, its gains, or more.")
     if config.init == "pca" and config.likelihood not in ("logistic", "colours"):
         raise UsageError("--init pca sets means and scales: --likelihood logistic or colours.")
     if not config.data_dir:
@@ -228,7 +230,7 @@ def init_state(config, net, images):
         z_e = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, first)
         params["codebook"] = quantize.draw(jax.random.fold_in(key, 1), z_e, S, K)
     if start == "pca":
-        params = model.transform_start(params, images, jax.random.fold_in(key, 1))
+        params = model.transform_start(net, params, images, jax.random.fold_in(key, 1))
     ema = quantize.ema_init(params["codebook"]) if config.codebook == "ema" else ()
     return TrainState(jnp.int32(0), params, make_optimizer(config).init(params), ema)
 
