@@ -156,15 +156,14 @@ class TransformEncoder(Net):
     """
 
     @nn.compact
-    def __call__(self, x, codebook):
-        D = codebook.shape[-1]
+    def __call__(self, x, gains):
+        D = gains.shape[-1]  # of the codes of the gains: [1, K, D]
         overlap, mean, basis, weight = transform_parameters(self, self.features - D)
         x = to_blocks(both_ways(x * (255 / GREY), overlap), BLOCK)  # [B, 4, 4, P]
         z = jnp.matmul(x - mean, basis, precision=HIGHEST)  # codes hang on the last bits
         gain = 0.5 * jnp.log(z**2 @ weight + FLOOR)  # [B, 4, 4, BANDS]
         gain = sg(jnp.pad(gain, [(0, 0)] * 3 + [(0, D - BANDS)]))  # [B, 4, 4, D]
-        codebook = sg(codebook[:1])
-        rounded = quantize.embed(quantize.lookup(gain[..., None, :], codebook), codebook)
+        rounded = quantize.embed(quantize.lookup(gain[..., None, :], gains), sg(gains))
         z = z * band_scale(-rounded[..., 0, :BANDS], weight)
         return jnp.concatenate([gain, z], -1)
 
@@ -252,6 +251,7 @@ class VQVAE(nn.Module):
     K: int
     D: int
     shared: bool
+    quantizer: str
     outputs: int
     dtype: jnp.dtype
 
@@ -262,18 +262,19 @@ class VQVAE(nn.Module):
         self.encoder = encoder(features=N * self.D, **sizes)
         self.decoder = decoder(features=self.outputs, **sizes)
         S = 1 if self.shared else N
-        self.codebook = self.param("codebook", quantize.init_codebook, S, self.K, self.D)
+        self.search, copies, self.rows_of = quantize.QUANTIZERS[self.quantizer]
+        self.codebook = self.param("codebook", quantize.init_codebook, S, copies * self.K, self.D)
 
     def __call__(self, images):
         """images uint8 [B, 32, 32, 3] -> outputs [B, 32, 32, outputs], z_e, Quantized."""
         z_e = self.encode(images)
-        quantized = quantize.quantize(z_e, self.codebook)
+        quantized = quantize.quantize(z_e, self.codebook, self.search)
         return self.decode(quantized.z_q), z_e, quantized
 
     def encode(self, images):
         """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
-        codes = [self.codebook] if self.net == "transform" else []
-        z = self.encoder(images / 255.0 - 0.5, *codes)  # [B, 8, 8, N D]
+        gains = [self.codebook[:1, : self.K]] if self.net == "transform" else []
+        z = self.encoder(images / 255.0 - 0.5, *gains)  # [B, 8, 8, N D]
         return z.reshape(*z.shape[:3], -1, self.D).astype(jnp.float32)
 
     def decode(self, z_q):
@@ -282,11 +283,11 @@ class VQVAE(nn.Module):
 
     def to_codes(self, images):
         """images uint8 [B, 32, 32, 3] -> codes [B, 8, 8, N], int32."""
-        return quantize.lookup(self.encode(images), self.codebook)
+        return self.search(self.encode(images), self.codebook) % self.K
 
     def from_codes(self, codes):
         """codes [B, 8, 8, N] -> outputs [B, 32, 32, outputs]."""
-        return self.decode(quantize.embed(codes, self.codebook))
+        return self.decode(quantize.embed(self.rows_of(codes, self.K), self.codebook))
 
 
 def to_blocks(x, size):
@@ -309,7 +310,7 @@ def transform_start(net, params, images, key):
     The map is fitted, k-means makes the codebooks, and the filter starts at zero: it only has to
     learn what a linear map cannot. images: uint8 [n, 32, 32, 3], some thousand of them.
     """
-    N, K, D = params["codebook"].shape
+    (N, rows, D), K = params["codebook"].shape, net.K
     x = np.concatenate([images, images[:, :, ::-1]])
     x = (x - np.float32(127.5)) / np.float32(GREY)
     overlap = fit_overlap(x)
@@ -321,12 +322,13 @@ def transform_start(net, params, images, key):
     decoder = {**params["decoder"], **decoder, "overlap": jnp.linalg.inv(overlap)}
     params = {"encoder": encoder, "decoder": decoder, "codebook": params["codebook"]}
 
+    images = images[::2]  # k-means takes a minute for all of them and gains nothing that lasts
     encode = jax.jit(lambda p: net.apply({"params": p}, images, method="encode"))
     gains = quantize.kmeans(key, encode(params)[..., :1, :], 1, K)
-    params["codebook"] = params["codebook"].at[:1].set(gains)
-    z_e = encode(params)[..., 1:, :]  # divided by the gains as those will be rounded
-    rest = quantize.kmeans(key, z_e, N - 1, K)
-    params["codebook"] = params["codebook"].at[1:].set(rest)
+    params["codebook"] = params["codebook"].at[:1, :K].set(gains)
+    z_e = encode(params)  # divided by the gains as those will be rounded
+    search = quantize.QUANTIZERS[net.quantizer][0]
+    params["codebook"] = quantize.kmeans(key, z_e, N, rows, search).at[:1, :K].set(gains)
 
     outputs, z_e, _ = jax.jit(net.apply)({"params": params}, images[:1000])
     error = images[:1000] - (127.5 + GREY * np.asarray(outputs[..., :3], np.float64))

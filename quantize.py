@@ -32,7 +32,7 @@ class Quantized(NamedTuple):
     """What `quantize` returns; the losses are means over every element of the field."""
 
     z_q: jax.Array  # [B, h, w, N, D], with the straight-through gradient
-    codes: jax.Array  # [B, h, w, N]
+    codes: jax.Array  # [B, h, w, N]; of a trellis the rows: code + K or code + 0
     codebook_loss: jax.Array
     commitment_loss: jax.Array
 
@@ -50,12 +50,19 @@ def nearest(z, codebook):
     |z - e|^2 without |z|^2, which is the same for every code: one matmul when lifted. Precision is
     asked for because a GPU would otherwise round it to ten bits and pick other codes than a CPU.
     """
-    half_distance = 0.5 * jnp.sum(codebook**2, -1) - jnp.dot(
-        codebook, z, precision=jax.lax.Precision.HIGHEST
-    )  # [K]
-    # jnp.argmin(half_distance), as two reductions that vectorise on a CPU, where argmin does not.
-    k = jnp.arange(len(codebook), dtype=jnp.int32)
-    return jnp.min(jnp.where(half_distance == half_distance.min(), k, len(codebook) - 1))
+    return first_least(half_distances(z, codebook))
+
+
+def half_distances(z, codebook):
+    """Half of |z - e|^2 - |z|^2 for each code: z [D], codebook [K, D] -> [K]."""
+    along = jnp.dot(codebook, z, precision=jax.lax.Precision.HIGHEST)
+    return 0.5 * jnp.sum(codebook**2, -1) - along
+
+
+def first_least(x):
+    """jnp.argmin(x, -1), as two reductions that vectorise on a CPU, where argmin does not."""
+    k = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == x.min(-1, keepdims=True), k, len(k) - 1), -1)
 
 
 def lookup(z_e, codebook):
@@ -63,15 +70,22 @@ def lookup(z_e, codebook):
 
     z_e [B, h, w, N, D] and codebook [S, K, D] -> codes [B, h, w, N], int32.
     """
+    codes = lift(nearest, z_e, codebook)  # [N, B h w]
+    return jnp.moveaxis(codes.reshape(-1, *z_e.shape[:-2]), 0, -1)  # [B, h, w, N]
+
+
+def lift(one, z_e, codebook):
+    """one(z [D], codebook [K, D]) over slots, positions and batch -> its results [N, B h w, ...].
+
+    z_e [B, h, w, N, D], codebook [S, K, D].
+    """
     N, D = z_e.shape[-2:]
     z = jnp.moveaxis(sg(z_e), -2, 0).reshape(N, -1, D)  # [N, B h w, D]
     codebook = jnp.broadcast_to(sg(codebook), (N, *codebook.shape[1:]))
-    one_slot = jax.vmap(nearest, (0, None))
+    one_slot = jax.vmap(one, (0, None))
     if jax.default_backend() == "cpu":  # slot by slot, the distances stay in cache
-        codes = jax.lax.map(lambda pair: one_slot(*pair), (z, codebook))
-    else:
-        codes = jax.vmap(one_slot)(z, codebook)
-    return jnp.moveaxis(codes.reshape(N, *z_e.shape[:-2]), 0, -1)  # [B, h, w, N]
+        return jax.lax.map(lambda pair: one_slot(*pair), (z, codebook))
+    return jax.vmap(one_slot)(z, codebook)
 
 
 def embed(codes, codebook):
@@ -80,19 +94,89 @@ def embed(codes, codebook):
     return codebook[slot, codes]
 
 
+def trellis_lookup(z_e, codebook):
+    """Trellis-coded quantisation (Marcellin and Fischer 1990): rows of two codebooks a slot.
+
+    z_e [B, h, w, N, D] and codebook [S, 2K, D] -> rows [B, h, w, N], int32. Row k + K a is code k
+    of book a, and which book a slot uses follows from the codes before it (`trellis_rows`): a code costs
+    log2 K bits as ever, while the search has 2K vectors to choose from. It is Viterbi's: the rows
+    whose distances sum to the least. Slot 0 has its nearest code of book 0, and steers nothing.
+    """
+    N, K = z_e.shape[-2], codebook.shape[1] // 2
+    before, used = branches()
+
+    def best_of_quarters(z, codebook):  # a slot can use two of the quarters 2a + (k >= K / 2)
+        distances = half_distances(z, codebook).reshape(4, K // 2)
+        return first_least(distances), distances.min(-1)
+
+    def forward(cost, distance):  # [B h w, 8] and [B h w, 4]: the cheaper way into each state
+        ways = cost[:, before] + distance[:, used]  # [B h w, 8, 2]
+        return ways.min(-1), ways.argmin(-1)
+
+    def backward(state, way):
+        way = jnp.take_along_axis(way, state[:, None], 1)[:, 0]  # [B h w]
+        return before[state, way], used[state, way]
+
+    first = lookup(z_e[..., :1, :], codebook[:1, :K])
+    slots = codebook[1:] if len(codebook) == N else codebook
+    index, distance = lift(best_of_quarters, z_e[..., 1:, :], slots)  # [N - 1, B h w, 4]
+    start = jnp.where(jnp.arange(8) == 0, 0.0, jnp.inf)
+    cost, ways = jax.lax.scan(forward, jnp.broadcast_to(start, (index.shape[1], 8)), distance)
+    _, quarter = jax.lax.scan(backward, cost.argmin(-1), ways, reverse=True)  # [N - 1, B h w]
+    rows = quarter * (K // 2) + jnp.take_along_axis(index, quarter[..., None], -1)[..., 0]
+    rows = jnp.moveaxis(rows.reshape(-1, *z_e.shape[:-2]), 0, -1)  # [B, h, w, N - 1]
+    return jnp.concatenate([first, rows], -1)
+
+
+def trellis_rows(codes, K):
+    """The rows of trellis_lookup that codes stand for: [..., N] -> [..., N].
+
+    Ungerboeck's trellis of eight states (1982): with u = (code >= K / 2), book a_n of slot n is
+    u_{n-1} xor a_{n-2} xor a_{n-3}, from slot 2 on; before, it is 0.
+    """
+
+    def step(state, u):
+        a, b, c = state
+        return (b ^ u, c ^ a, a), a
+
+    u = jnp.moveaxis(jnp.asarray(codes) // (K // 2), -1, 0)[1:]
+    zeros = jnp.zeros_like(codes[..., 0])
+    _, book = jax.lax.scan(step, (zeros, zeros, zeros), u)  # [N - 1, ...]
+    return codes + K * jnp.moveaxis(jnp.concatenate([zeros[None], book]), 0, -1)
+
+
+def branches():
+    """The trellis of trellis_rows as the two ways into each state a + 2b + 4c: [8, 2] twice.
+
+    First the state that a way comes from, then the quarter 2a + u of the rows that it uses.
+    """
+    ways = [[] for _ in range(8)]
+    for state, u in np.ndindex(8, 2):
+        a, b, c = state & 1, state >> 1 & 1, state >> 2
+        ways[(b ^ u) + 2 * (c ^ a) + 4 * a].append((state, 2 * a + u))
+    return jnp.moveaxis(jnp.array(ways), -1, 0)
+
+
 def straight_through(z_e, e):
     """z_q: the value of e, the gradient of z_e (section 3.2). Exactly e, not z_e + (e - z_e)."""
     return sg(e) + (z_e - sg(z_e))
 
 
-def quantize(z_e, codebook):
+# name -> (search: z_e, codebook -> rows of it; codebooks of K a slot; codes, K -> rows)
+QUANTIZERS = {
+    "nearest": (lookup, 1, lambda codes, K: codes),
+    "trellis": (trellis_lookup, 2, trellis_rows),
+}
+
+
+def quantize(z_e, codebook, search=lookup):
     """z_q, codes and both losses of eq. 3: z_e [B, h, w, N, D], codebook [S, K, D] -> Quantized.
 
     The losses are means over B, h, w, N and D, as in DeepMind's example. The paper averages over
     latents but sums over D, and sums its first term over the 3072 values of an image; divided by
     3072 that weighs both losses D/3072 times these. Adam hides it from the codebook, beta does not.
     """
-    codes = lookup(z_e, codebook)
+    codes = search(z_e, codebook)
     e = embed(codes, codebook)
     return Quantized(
         z_q=straight_through(z_e, e),
@@ -168,12 +252,12 @@ def restart(key, ema, codebook, z_e, threshold):
     return EMA(count, total), jnp.where(dead[..., None], fresh, codebook)
 
 
-def kmeans(key, z_e, S, K, rounds=10):
+def kmeans(key, z_e, S, K, search=lookup, rounds=6):
     """Codebooks [S, K, D] by k-means of z_e [n, h, w, N, D]. A round is an EMA step of gamma 0."""
 
     @jax.jit
     def one_round(key, e):
-        ema, e = ema_update(ema_init(e), e, z_e, lookup(z_e, e), 0.0)
+        ema, e = ema_update(ema_init(e), e, z_e, search(z_e, e), 0.0)
         return restart(key, ema, e, z_e, 0.5)[1]
 
     e = draw(key, z_e, S, K)

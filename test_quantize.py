@@ -439,6 +439,39 @@ def test_waterfill():
     np.testing.assert_allclose(np.diff(share[:3]), 0.5 * np.log2([25 / 100, 4 / 25]), atol=1e-6)
 
 
+@pytest.mark.parametrize("S", [1, 5])
+def test_the_trellis_search_finds_the_best_sequence(S):
+    """Against every sequence of codes, each with the books that the definition gives it."""
+    N, K = 5, 4
+    z_e, codebook = field(B=2, h=1, w=2, N=N, D=2, K=2 * K, S=S)
+    rows = np.asarray(quantize.trellis_lookup(z_e, codebook))
+    z_e, e = np.float64(z_e), np.broadcast_to(np.float64(codebook), (N, 2 * K, 2))
+    for where in np.ndindex(z_e.shape[:3]):
+        first = ((z_e[where][0] - e[0, :K]) ** 2).sum(-1).argmin()
+        found = {}
+        for later in np.ndindex((K,) * (N - 1)):
+            codes, book = (first, *later), [0] * N
+            upper = [0] + [code >= K // 2 for code in later]
+            for n in range(2, N):
+                earlier = [book[n - i] if n - i > 0 else 0 for i in (2, 3)]
+                book[n] = upper[n - 1] ^ earlier[0] ^ earlier[1]
+            sequence = tuple(code + K * b for code, b in zip(codes, book, strict=True))
+            found[sequence] = ((z_e[where] - e[np.arange(N), list(sequence)]) ** 2).sum()
+        assert tuple(rows[where]) == min(found, key=found.get)
+    np.testing.assert_array_equal(quantize.trellis_rows(rows % K, K), rows)
+
+
+def test_the_trellis_beats_nearest_codes_at_the_same_rate():
+    """Gaussian vectors, each quantiser with k-means of its own: 0.7 dB at length 4, K 512."""
+    z_e = jax.random.normal(jax.random.key(0), (1000, 1, 1, 12, 3))
+    error = {}
+    for name, (search, copies, _) in quantize.QUANTIZERS.items():
+        e = quantize.kmeans(jax.random.key(1), z_e, 12, copies * 32, search)
+        assert e.shape == (12, copies * 32, 3)
+        error[name] = quantize.quantize(z_e, e, search).commitment_loss
+    assert error["trellis"] < 0.93 * error["nearest"]
+
+
 def test_kmeans_finds_clusters():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(1, 8, 2)) * 20
@@ -476,7 +509,7 @@ def fitted_transform(N, bits):
 def test_the_transform_has_an_inverse():
     """Where every coefficient is kept and only the gains are rounded, the decoder undoes all."""
     nets, params, codebook, _, x = fitted_transform(N=50, bits=1600)
-    z = nets[0].apply({"params": params[0]}, x[:20], codebook)
+    z = nets[0].apply({"params": params[0]}, x[:20], codebook[:1])
     assert z.shape == (20, 4, 4, 300)
     gain, z = np.split(z, [6], -1)
     assert gain[..., :4].std((0, 1, 2)).min() > 0.1 and not gain[..., 4:].any()
@@ -490,7 +523,7 @@ def test_the_transform_has_an_inverse():
 def test_the_transform_against_numpy():
     """Band by band: coefficients over the rounded strength of the band in this block."""
     nets, params, codebook, blocks, x = fitted_transform(N=40, bits=360)
-    latents = nets[0].apply({"params": params[0]}, x[:1], codebook)[0, 1, 2]
+    latents = nets[0].apply({"params": params[0]}, x[:1], codebook[:1])[0, 1, 2]
     mean, basis, weight = (np.float64(params[0][name]) for name in ("mean", "basis", "weight"))
     z = (blocks[6] - mean / model.SLOW) @ basis / model.SLOW  # block 6 is in row 1, column 2
     gain = 0.5 * np.log(z**2 @ weight + model.FLOOR)
@@ -963,6 +996,8 @@ WRONG = """
 --preset paper --net transform|--init pca
 --preset fast --shared|a codebook for each slot
 --preset fast --D 3|--D 4
+--quantizer trellis --K 511|even
+--preset notebook --quantizer trellis|--slots 2
 --preset fast --likelihood categorical|--likelihood logistic
 --preset fast --likelihood gaussian|--likelihood logistic
 --seed -1|at least 0

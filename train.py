@@ -87,6 +87,8 @@ class Config:
     net: str = flag("paper", "section 4.1's networks, DeepMind's example's, or transform",
                     list(model.NETS))  # fmt: skip
     likelihood: str = flag("categorical", "p(x | z_q)", list(model.LIKELIHOODS))
+    quantizer: str = flag("nearest", "which codes replace z_e: the nearest, or the best sequence "
+                          "of a trellis", list(quantize.QUANTIZERS))  # fmt: skip
     codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", low=0.0, high=1 - 1e-9)
     restart: float = flag(0.0, "EMA: move codes used less a batch than this", low=0.0, high=1e6)
@@ -111,7 +113,7 @@ PRESETS = {
     "paper": {},
     "fast": {
         "net": "transform", "hidden": 128, "residual": 32, "D": 6, "likelihood": "colours",
-        "codebook": "ema", "restart": 0.05, "init": "pca", "beta": 4.0, "lr": 6e-4,
+        "quantizer": "trellis", "codebook": "ema", "gamma": 0.998, "restart": 0.05, "init": "pca", "beta": 4.0, "lr": 6e-4,
         "warmup": 200, "decay": 0.7, "batch": 64, "steps": 4_000, "flip": True,
     },
     "notebook": {
@@ -175,6 +177,8 @@ def configure(overrides):
         raise UsageError("--net transform is fitted by --init pca, and only that: give both.")
     if config.init == "pca" and config.shared:
         raise UsageError("--init pca makes a codebook for each slot: leave --shared out.")
+    if config.quantizer == "trellis" and (config.K % 2 or config.slots == 1):
+        raise UsageError("--quantizer trellis needs an even --K, and --slots 2 or more.")
     if config.net == "transform" and config.D < model.BANDS:
         raise UsageError(f"--net transform needs --D {model.BANDS}, its gains, or more.")
     if config.init == "pca" and config.likelihood not in ("logistic", "colours"):
@@ -197,7 +201,7 @@ def build(config):
     """The network that a configuration describes: model.VQVAE."""
     cpu = jax.default_backend() == "cpu"
     dtype = {"auto": "float32" if cpu else "bfloat16"}.get(config.dtype, config.dtype)
-    same = ("net", "hidden", "residual", "blocks", "slots", "K", "D", "shared")
+    same = ("net", "hidden", "residual", "blocks", "slots", "K", "D", "shared", "quantizer")
     return model.VQVAE(
         **{name: getattr(config, name) for name in same},
         outputs=model.LIKELIHOODS[config.likelihood][0],
@@ -263,14 +267,14 @@ def make_train_step(config, net, variance):
             if config.restart:
                 ema, e = quantize.restart(key, ema, e, z_e, config.restart)
             params = {**params, "codebook": e}
-        S, K, _ = params["codebook"].shape
+        S, K = len(params["codebook"]), config.K
         bits = reconstruction / math.log(2) + code_bits(config)
         metrics = {
             "loss": loss,
             **({"bits_per_dim": bits} if exact else {"nmse": reconstruction}),
             "codebook_loss": q.codebook_loss,
             "commitment_loss": q.commitment_loss,
-            "perplexity": quantize.perplexity(quantize.usage(q.codes, S, K)).mean(),
+            "perplexity": quantize.perplexity(quantize.usage(q.codes % K, S, K)).mean(),
             "grad_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + 1, params, opt, ema), metrics
@@ -314,7 +318,8 @@ def evaluate(config, net, params, dataset):
     def measure(params, images):
         outputs, _, q = net.apply({"params": params}, images)
         nll, shown = likelihood(outputs, images, variance)
-        return nll.sum(), jnp.square(shown / 255 - images / 255.0).sum(), q.codes, shown
+        error = jnp.square(shown / 255 - images / 255.0).sum()
+        return nll.sum(), error, q.codes % config.K, shown
 
     @jax.jit
     def count(params, images):
