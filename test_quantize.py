@@ -997,6 +997,9 @@ WRONG = """
 --preset fast --shared|a codebook for each slot
 --preset fast --D 3|--D 4
 --quantizer trellis --K 511|even
+--distributed|needs --out
+--distributed here --out elsewhere|HOST:PORT,COUNT,INDEX
+--distributed here,2,x --out elsewhere|HOST:PORT,COUNT,INDEX
 --preset notebook --quantizer trellis|--slots 2
 --preset fast --likelihood categorical|--likelihood logistic
 --preset fast --likelihood gaussian|--likelihood logistic
@@ -1253,6 +1256,41 @@ def test_eight_devices_do_what_one_does(tmp_path, preset):
     for one, eight in zip(*logs, strict=True):
         for name in ("loss", "bits_per_dim", "commitment_loss", "grad_norm"):
             assert eight[name] == pytest.approx(one[name], rel=1e-3), (one["step"], name)
+
+
+@slow
+def test_two_processes_do_what_one_does(tmp_path):
+    """--distributed: the batch split over two; both stop at a signal to one; both go on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    program = [sys.executable, str(HERE / "train.py")]
+    flags = ["--dataset=photo", "--preset=notebook", *TINY_FLAGS, "--slots=1", "--log_every=5"]
+    long = [*flags, "--steps=300", f"--out={tmp_path / 'both'}"]
+
+    def both(*arguments):
+        return [
+            subprocess.Popen([*program, *arguments, f"--distributed={address},2,{i}"], stderr=-1)
+            for i in range(2)
+        ]
+
+    subprocess.run([*program, *flags, "--steps=300", f"--out={tmp_path / 'one'}"], check=True)
+    pair = both(*long)
+    while not (tmp_path / "both-1" / "log.jsonl").exists() or not read_log(tmp_path / "both-1"):
+        time.sleep(0.1)
+    pair[1].terminate()
+    errors = [process.communicate()[1].decode() for process in pair]
+    assert [process.returncode for process in pair] == [143, 143], errors
+    pair = both(f"--resume={tmp_path / 'both'}")
+    errors = [process.communicate()[1].decode() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], errors
+    one, first, second = (read_log(tmp_path / name) for name in ("one", "both", "both-1"))
+    for lines in zip(one[:5], first, second, strict=False):
+        for name in ("loss", "bits_per_dim", "grad_norm"):
+            values = [line[name] for line in lines]
+            assert values[1] == values[2] == pytest.approx(values[0], rel=1e-3), name
+    assert len(first) == len(second) == 60
+    assert read_result(tmp_path / "both")["devices"] == 2
 
 
 @slow

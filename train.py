@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import data
@@ -113,8 +114,9 @@ PRESETS = {
     "paper": {},
     "fast": {
         "net": "transform", "hidden": 128, "residual": 32, "D": 6, "likelihood": "colours",
-        "quantizer": "trellis", "codebook": "ema", "gamma": 0.998, "restart": 0.05, "init": "pca", "beta": 4.0, "lr": 6e-4,
-        "warmup": 200, "decay": 0.7, "batch": 64, "steps": 4_000, "flip": True,
+        "quantizer": "trellis", "codebook": "ema", "gamma": 0.998, "restart": 0.05, "init": "pca",
+        "beta": 4.0, "lr": 6e-4, "warmup": 200, "decay": 0.7, "batch": 64, "steps": 4_000,
+        "flip": True,
     },
     "notebook": {
         "slots": 1, "hidden": 128, "residual": 32, "net": "deepmind", "likelihood": "gaussian",
@@ -131,7 +133,7 @@ PUBLISHED = {
 
 
 def parse(argv):
-    """Command line -> (overrides of Config, run folder to resume, run folder to evaluate)."""
+    """Command line -> overrides of Config, then what --resume, --eval and --distributed say."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -147,13 +149,17 @@ def parse(argv):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--resume", metavar="RUN", help="continue this run")
     parser.add_argument("--eval", metavar="RUN", help="measure this run again")
+    parser.add_argument("--distributed", nargs="?", const="auto", metavar="HOST:PORT,COUNT,INDEX",
+                        help="train on several machines; SLURM and Open MPI need no value")  # fmt: skip
     overrides = vars(parser.parse_args(argv))
-    resume, again = overrides.pop("resume"), overrides.pop("eval")
+    resume, again, join = (overrides.pop(name) for name in ("resume", "eval", "distributed"))
     if "" in (resume, again) or (resume and again):
         raise UsageError("give one run folder to --resume or --eval, such as --eval runs/paper-1.")
     if again and set(overrides) - {"data_dir"}:
         raise UsageError("--eval takes its settings from the run: only --data_dir goes beside it.")
-    return overrides, resume, again
+    if join and (again or not (resume or overrides.get("out"))):
+        raise UsageError("--distributed needs --out or --resume: process I writes to the folder -I.")
+    return overrides, resume, again, join
 
 
 def configure(overrides):
@@ -542,9 +548,49 @@ def load(run):
     return config, net, load_checkpoint(run, shapes, config).state.params
 
 
+def join_processes(how):
+    """Become one of several processes through jax.distributed; returns this one's index.
+
+    how: "auto", or "HOST:PORT,COUNT,INDEX" with the address of process 0. Before any use of JAX.
+    """
+    try:
+        if how == "auto":
+            jax.distributed.initialize()
+        else:
+            address, count, index = how.split(",")
+            jax.distributed.initialize(address, int(count), int(index))
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise UsageError(
+            f"--distributed {how} does not join ({str(error).splitlines()[0]}): give --distributed "
+            "HOST:PORT,COUNT,INDEX with the address of process 0 and this one's index."
+        ) from None
+    return jax.process_index()
+
+
+def stop_signal(caught, logs):
+    """The signal to stop at, or 0. Several processes agree on it, at lines of the log."""
+    if jax.process_count() == 1:
+        return caught[0] if caught else 0
+    mine = np.int32(caught[0] if caught else 0)
+    return int(multihost_utils.process_allgather(mine).max()) if logs else 0
+
+
 def device_count(config):
     """Devices that a batch is split over: all of them, where they divide it."""
-    return math.gcd(config.batch, jax.device_count())
+    count = math.gcd(config.batch, jax.device_count())
+    if count < jax.device_count() and jax.process_count() > 1:
+        raise UsageError(f"--batch must be a multiple of the {jax.device_count()} devices.")
+    return count
+
+
+def place(tree, sharding):
+    """Arrays on the devices of all processes, each of which has the whole of them."""
+
+    def one(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
+
+    return jax.tree.map(one, tree)
 
 
 def placements(config):
@@ -580,8 +626,7 @@ def train(config, net, progress, dataset, out):
     """The loop: from `progress` to the last step, or to a signal. Returns Progress and the log."""
     whole, split = placements(config)
     train_steps = make_train_steps(make_train_step(config, net, dataset.variance()))
-    images = jax.device_put(dataset.train, whole)
-    state = jax.device_put(progress.state, whole)
+    images, state = place((dataset.train, progress.state), whole)
     launch = 1 if jax.default_backend() == "cpu" else config.log_every
     step, saved, compiled, waiting = int(state.step), time.monotonic(), {}, []
     log = open_log(out, step)
@@ -591,7 +636,7 @@ def train(config, net, progress, dataset, out):
             to_log = config.log_every - step % config.log_every
             count = min(launch, to_log, config.steps - step)
             order = data.order(config.seed, len(dataset.train), config.batch, step, count)
-            index = jax.device_put(order, split)
+            index = place(order, split)
             if count not in compiled:
                 start = time.perf_counter()
                 compiled[count] = train_steps.lower(state, images, index).compile()
@@ -605,7 +650,8 @@ def train(config, net, progress, dataset, out):
 
             logs = step % config.log_every == 0 or step == config.steps
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-            if logs or due or caught:
+            stop = stop_signal(caught, logs)
+            if logs or due or stop:
                 progress = collect(progress, state, waiting)
                 seconds = progress.seconds + time.perf_counter() - clock
                 progress, waiting = progress._replace(seconds=seconds), []
@@ -614,12 +660,12 @@ def train(config, net, progress, dataset, out):
                     log.append(write_log(out, step, progress, log))
                     show(step, log[-1])
                     progress = progress._replace(pending={})
-                if due or caught or step == config.steps:
+                if due or stop or step == config.steps:
                     survive(lambda p=progress: save_checkpoint(out, p, config), "the checkpoint")
                     saved = time.monotonic()
                 clock = time.perf_counter()
-            if caught:
-                raise Interrupted(caught[0], step, out)
+            if stop:
+                raise Interrupted(stop, step, out)
     return progress, log
 
 
@@ -784,7 +830,7 @@ def result_row(config, argv, progress, metrics, dataset):
 
 def run(argv):
     """The whole program; raises UsageError, RunError, data.DataError or Interrupted."""
-    overrides, resume, again = parse(argv)
+    overrides, resume, again, join = parse(argv)
     if again:
         config, net, params = load(again)
         dataset = data.load(config.dataset, overrides.get("data_dir", config.data_dir), config.val)
@@ -792,6 +838,10 @@ def run(argv):
         metrics = measure(config, net, params, dataset, out, read_log(out))
         write_json(out / "eval.json", metrics)
         return
+    if join and (index := join_processes(join)):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, process 0 speaks for all
+        resume = f"{resume}-{index}" if resume else None
+        overrides["out"] = f"{overrides.get('out')}-{index}"
     config, out, lock = open_run(overrides, resume)
     with lock:
         print(
@@ -811,7 +861,10 @@ def run(argv):
         else:
             write_json(out / "config.json", dataclasses.asdict(config))
             first = data.order(config.seed, n, max(config.batch, START_IMAGES), 0, 1)[0]
-            progress = Progress(init_state(config, net, dataset.train[first]), {}, 0.0, 0.0)
+            state = init_state(config, net, dataset.train[first])
+            if join:
+                state = multihost_utils.broadcast_one_to_all(state)
+            progress = Progress(state, {}, 0.0, 0.0)
         try:
             progress, log = train(config, net, progress, dataset, out)
         except jax.errors.JaxRuntimeError as error:
@@ -819,7 +872,8 @@ def run(argv):
                 raise
             half = max(1, config.batch // 2)
             raise RunError(f"--batch {config.batch} is too much memory: try {half}.") from None
-        metrics = measure(config, net, progress.state.params, dataset, out, log)
+        params = jax.device_get(progress.state.params)  # each process measures by itself
+        metrics = measure(config, net, params, dataset, out, log)
         write_json(out / "result.json", result_row(config, argv, progress, metrics, dataset))
         print(f"pictures, log and result.json are in {out}")
 
