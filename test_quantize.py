@@ -300,6 +300,20 @@ def test_parameter_counts():
     assert count("paper", shared=True) == encoder + decoder + 512 * 64
 
 
+def test_flops_against_a_count_by_hand():
+    """DeepMind's example: its convolutions and distances, forward and twice that backward."""
+    config = train.configure({"preset": "notebook"})
+
+    def conv(side, window, inputs, outputs):
+        return 2 * side**2 * window**2 * inputs * outputs
+
+    block = conv(8, 3, 128, 32) + conv(8, 1, 32, 128)
+    encoder = conv(16, 4, 3, 64) + conv(8, 4, 64, 128) + conv(8, 3, 128, 128) + conv(8, 1, 128, 64)
+    decoder = conv(8, 3, 64, 128) + conv(8, 4, 128, 64) + conv(16, 4, 64, 3)
+    count = 3 * (encoder + decoder + 4 * block) + 2 * 64 * 512 * 64
+    assert train.flops(config, train.build(config)) == pytest.approx(32 * count, rel=0.1)
+
+
 def test_no_shared_blocks_and_every_parameter_learns():
     """Guards 4 and 9: two blocks are two sets of weights; each parameter gets a gradient."""
     for preset in ("paper", "notebook", "fast"):

@@ -312,6 +312,27 @@ def make_train_steps(train_step):
     return jax.jit(train_steps, donate_argnums=0)
 
 
+def flops(config, net):
+    """Floating-point operations of one step on the whole batch, as XLA counts them: a float."""
+    state = jax.eval_shape(lambda: init_state(config, net, None))
+    images = jax.ShapeDtypeStruct((config.batch, 32, 32, 3), np.uint8)
+    lowered = jax.jit(make_train_step(config, net, 1.0)).lower(state, images)
+    return lowered.cost_analysis()["flops"]
+
+
+def matmul_rate(config, net):
+    """Operations a second of square matmuls in the dtype of the activations, on all devices."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    x, multiply = jnp.ones((side, side), net.dtype), jax.jit(jnp.matmul)
+    multiply(x, x).block_until_ready()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds) * device_count(config)
+
+
 def evaluate(config, net, params, dataset):
     """Metrics over every image of `dataset.test`, code counts [N, K], reconstructions of a few.
 
@@ -629,7 +650,7 @@ def train(config, net, progress, dataset, out):
     images, state = place((dataset.train, progress.state), whole)
     launch = 1 if jax.default_backend() == "cpu" else config.log_every
     step, saved, compiled, waiting = int(state.step), time.monotonic(), {}, []
-    log = open_log(out, step)
+    log, least = open_log(out, step), flops(config, net) / matmul_rate(config, net)  # seconds
     with signals() as caught, display(config, step) as show:
         clock = time.perf_counter()
         while step < config.steps:
@@ -657,7 +678,7 @@ def train(config, net, progress, dataset, out):
                 progress, waiting = progress._replace(seconds=seconds), []
                 check_finite(config, progress.pending, step)
                 if logs:
-                    log.append(write_log(out, step, progress, log))
+                    log.append(write_log(out, step, progress, log, least))
                     show(step, log[-1])
                     progress = progress._replace(pending={})
                 if due or stop or step == config.steps:
@@ -722,12 +743,16 @@ def open_log(out, step):
     return lines
 
 
-def write_log(out, step, progress, log):
-    """Append to log.jsonl the means since the last line; returns the line."""
+def write_log(out, step, progress, log, least):
+    """Append to log.jsonl the means since the last line; returns the line.
+
+    mfu: `least`, the seconds of a step's arithmetic as a matmul, over the seconds that it took.
+    """
     before = log[-1] if log else {"step": 0, "seconds": 0.0}
     ms = 1e3 * (progress.seconds - before["seconds"]) / (step - before["step"])
     line = {name: float(np.mean(values)) for name, values in progress.pending.items()}
-    line = {"step": step, **line, "ms_per_step": ms, "seconds": progress.seconds}
+    clock = {"ms_per_step": ms, "mfu": 1e3 * least / ms, "seconds": progress.seconds}
+    line = {"step": step, **line, **clock}
 
     def append():
         with open(out / "log.jsonl", "a") as file:
@@ -740,7 +765,7 @@ def write_log(out, step, progress, log):
 @contextlib.contextmanager
 def display(config, step):
     """Yields show(step, line of the log or None): a bar on a terminal, plain lines elsewhere."""
-    columns = ("step", "bits_per_dim", "nmse", "perplexity", "commitment_loss", "ms_per_step")
+    columns = ("step", "bits_per_dim", "nmse", "perplexity", "commitment_loss", "ms_per_step", "mfu")
     if sys.stdout.isatty():
         from rich import progress as rich
 
