@@ -149,10 +149,11 @@ class TransformEncoder(Net):
     """Not the paper's: a linear map of 8x8 blocks, and the strength of its bands in each block.
 
     x [B, 32, 32, 3] -> [B, 4, 4, features]. The blocks overlap, by a filter across their borders
-    (`fit_overlap`). Each band of coefficients is divided by its strength,
-    so that one codebook serves smooth blocks and busy ones. The strengths' logarithms, the gains,
-    are slot 0, and are rounded to their code first: both sides then divide and multiply by the
-    same. `transform_start` fits all of it; hidden, residual and blocks are the decoder's alone.
+    (`fit_overlap`). Each band of coefficients is divided by its strength, so that one codebook
+    serves smooth blocks and busy ones. The strengths' logarithms, the gains, are slot 0, and are
+    rounded to their code first: both sides then divide and multiply by the same.
+    `transform_start` fits all of it and nothing here is trained (training it gained nothing), so
+    the gradient ends at z_q; hidden, residual and blocks are the decoder's alone.
     """
 
     @nn.compact
@@ -191,7 +192,7 @@ class TransformDecoder(Net):
 
 
 def transform_parameters(module, latents):
-    """What a transform consists of; P = 3 BLOCK^2. overlap and weight stay as fitted.
+    """What a transform consists of; P = 3 BLOCK^2. All of it stays as fitted.
 
     overlap [32, 32] filters across the borders of blocks, or undoes that; mean [P]; basis
     [P, latents]; weight [latents, BANDS]: squares of coefficients -> strength of a band, squared.
@@ -201,8 +202,7 @@ def transform_parameters(module, latents):
     mean = module.param("mean", nn.initializers.zeros, (P,))
     basis = module.param("basis", nn.initializers.zeros, (P, latents))
     weight = module.param("weight", nn.initializers.zeros, (latents, BANDS))
-    # Adam moves all parameters alike; held at ten times their size, these move a tenth as far.
-    return sg(overlap), mean / SLOW, basis / SLOW, sg(weight)
+    return sg((overlap, mean, basis, weight))
 
 
 def both_ways(x, matrix):
@@ -217,7 +217,6 @@ def band_scale(gain, weight):
 
 BLOCK = 8  # pixels on each side of what is transformed together
 BANDS = 4  # bands of 3, 9, 36 and 144 coefficients, strongest first
-SLOW = 10.0
 FLOOR = 0.1  # of a band's usual strength squared: below it, the gain no longer follows
 
 
@@ -433,10 +432,10 @@ def fit_transform(blocks, bits, N, D, colour):
     there = np.einsum("ab,ibc->iac", colour, basis).reshape(P, -1)
     back = np.einsum("ba,ibc->iac", np.linalg.inv(colour), basis).reshape(P, -1)
     slot_0 = np.zeros((D, BANDS)), np.zeros((P, D))
-    encoder = {"mean": SLOW * mean, "basis": SLOW * there, "weight": weight}
+    encoder = {"mean": mean, "basis": there, "weight": weight}
     decoder = {
-        "mean": SLOW * mean,
-        "basis": SLOW * np.concatenate([slot_0[1], back], 1),
+        "mean": mean,
+        "basis": np.concatenate([slot_0[1], back], 1),
         "weight": np.concatenate([slot_0[0], weight]),
     }
     return jax.tree.map(jnp.float32, (encoder, decoder))
