@@ -1285,7 +1285,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     program = [sys.executable, str(HERE / "train.py")]
     flags = ["--dataset=photo", "--preset=notebook", *TINY_FLAGS, "--slots=1", "--log_every=5"]
-    long = [*flags, "--steps=300", f"--out={tmp_path / 'both'}"]
+    long = [*flags, "--steps=150", f"--out={tmp_path / 'both'}"]
 
     def both(*arguments):
         return [
@@ -1293,7 +1293,7 @@ def test_two_processes_do_what_one_does(tmp_path):
             for i in range(2)
         ]
 
-    subprocess.run([*program, *flags, "--steps=300", f"--out={tmp_path / 'one'}"], check=True)
+    subprocess.run([*program, *flags, "--steps=150", f"--out={tmp_path / 'one'}"], check=True)
     pair = both(*long)
     while not (tmp_path / "both-1" / "log.jsonl").exists() or not read_log(tmp_path / "both-1"):
         time.sleep(0.1)
@@ -1308,7 +1308,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         for name in ("loss", "bits_per_dim", "grad_norm"):
             values = [line[name] for line in lines]
             assert values[1] == values[2] == pytest.approx(values[0], rel=1e-3), name
-    assert len(first) == len(second) == 60
+    assert len(first) == len(second) == 30
     assert read_result(tmp_path / "both")["devices"] == 2
 
 
