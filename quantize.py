@@ -98,9 +98,10 @@ def trellis_lookup(z_e, codebook):
     """Trellis-coded quantisation (Marcellin and Fischer 1990): rows of two codebooks a slot.
 
     z_e [B, h, w, N, D] and codebook [S, 2K, D] -> rows [B, h, w, N], int32. Row k + K a is code k
-    of book a, and which book a slot uses follows from the codes before it (`trellis_rows`): a code costs
-    log2 K bits as ever, while the search has 2K vectors to choose from. It is Viterbi's: the rows
-    whose distances sum to the least. Slot 0 has its nearest code of book 0, and steers nothing.
+    of book a, and which book a slot uses follows from the codes before it (`trellis_rows`): a code
+    costs log2 K bits as ever, while the search has 2K vectors to choose from. It is Viterbi's: the
+    rows whose distances sum to the least. Slot 0 has its nearest code of book 0, and steers
+    nothing.
     """
     N, K = z_e.shape[-2], codebook.shape[1] // 2
     before, used = branches()

@@ -775,9 +775,8 @@ def start(tmp_path, *flags, out="run"):
 def read_log(run):
     """log.jsonl without its times."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "ms_per_step", "mfu")} for line in lines
-    ]
+    clocks = ("seconds", "ms_per_step", "mfu")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
 
 
 def read_result(run):

@@ -148,8 +148,10 @@ def parse(argv):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument("--resume", metavar="RUN", help="continue this run")
     parser.add_argument("--eval", metavar="RUN", help="measure this run again")
-    parser.add_argument("--distributed", nargs="?", const="auto", metavar="HOST:PORT,COUNT,INDEX",
-                        help="train on several machines; SLURM and Open MPI need no value")  # fmt: skip
+    parser.add_argument(
+        "--distributed", nargs="?", const="auto", metavar="HOST:PORT,COUNT,INDEX",
+        help="train on several machines; SLURM and Open MPI need no value",
+    )  # fmt: skip
     overrides = vars(parser.parse_args(argv))
     resume, again, join = (overrides.pop(name) for name in ("resume", "eval", "distributed"))
     if "" in (resume, again) or (resume and again):
@@ -157,7 +159,7 @@ def parse(argv):
     if again and set(overrides) - {"data_dir"}:
         raise UsageError("--eval takes its settings from the run: only --data_dir goes beside it.")
     if join and (again or not (resume or overrides.get("out"))):
-        raise UsageError("--distributed needs --out or --resume: process I writes to the folder -I.")
+        raise UsageError("--distributed needs --out or --resume: process I writes to OUT-I.")
     return overrides, resume, again, join
 
 
@@ -763,7 +765,8 @@ def write_log(out, step, progress, log, least):
 @contextlib.contextmanager
 def display(config, step):
     """Yields show(step, line of the log or None): a bar on a terminal, plain lines elsewhere."""
-    columns = ("step", "bits_per_dim", "nmse", "perplexity", "commitment_loss", "ms_per_step", "mfu")
+    fits, clocks = ("bits_per_dim", "nmse"), ("ms_per_step", "mfu")
+    columns = ("step", *fits, "perplexity", "commitment_loss", *clocks)
     if sys.stdout.isatty():
         from rich import progress as rich
 
