@@ -152,7 +152,7 @@ class TransformEncoder(Net):
     (`fit_overlap`). Each band of coefficients is divided by its strength, so that one codebook
     serves smooth blocks and busy ones. The strengths' logarithms, the gains, are slot 0, and are
     rounded to their code first: both sides then divide and multiply by the same.
-    `transform_start` fits all of it and nothing here is trained (training it gained nothing), so
+    `transform_start` fits all of it and nothing here is trained (it gained nothing in a try), so
     the gradient ends at z_q; hidden, residual and blocks are the decoder's alone.
     """
 
