@@ -29,8 +29,7 @@ HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would otherwise round a matmul to t
 class Down(nn.Module):
     """4x4 convolution of stride 2: [B, H, W, C] -> [B, H/2, W/2, features].
 
-    Same kernel and result as nn.Conv(features, (4, 4), (2, 2)), computed as a 2x2 convolution over
-    blocks of 2x2 pixels: the stride is what a CPU is slow at.
+    Same kernel and result as nn.Conv(features, (4, 4), (2, 2)).
     """
 
     features: int
@@ -38,20 +37,14 @@ class Down(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        B, H, W, C = x.shape
-        kernel, bias = conv_parameters(self, C)
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x = x.reshape(B, H // 2 + 1, 2, W // 2 + 1, 2, C).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(B, H // 2 + 1, W // 2 + 1, 4 * C)  # [B, H/2 + 1, W/2 + 1, 4C]
-        kernel = kernel.reshape(2, 2, 2, 2, C, -1).transpose(0, 2, 1, 3, 4, 5)
-        return conv(x, kernel.reshape(2, 2, 4 * C, -1)) + bias  # [B, H/2, W/2, features]
+        kernel, bias = conv_parameters(self, x.shape[-1])
+        return down(x, kernel) + bias
 
 
 class Up(nn.Module):
     """4x4 transposed convolution of stride 2: [B, H, W, C] -> [B, 2H, 2W, features].
 
-    Same kernel and result as nn.ConvTranspose(features, (4, 4), (2, 2)), computed as a 2x2
-    convolution to 2x2 blocks of pixels: the stock kernel gradient is far slower on a CPU.
+    Same kernel and result as nn.ConvTranspose(features, (4, 4), (2, 2)).
     """
 
     features: int
@@ -59,14 +52,8 @@ class Up(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        B, H, W, C = x.shape
-        kernel, bias = conv_parameters(self, C)
-        kernel = kernel.reshape(2, 2, 2, 2, C, -1)[:, ::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5)
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        y = conv(x, kernel.reshape(2, 2, C, -1))  # [B, H + 1, W + 1, 4 features]
-        y = y.reshape(B, H + 1, W + 1, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
-        y = y.reshape(B, 2 * H + 2, 2 * W + 2, -1)  # one pixel too many on every side
-        return y[:, 1:-1, 1:-1] + bias  # [B, 2H, 2W, features]
+        kernel, bias = conv_parameters(self, x.shape[-1])
+        return up(x, kernel[::-1, ::-1].swapaxes(2, 3)) + bias
 
 
 def conv_parameters(module, inputs):
@@ -75,6 +62,38 @@ def conv_parameters(module, inputs):
     kernel = module.param("kernel", nn.initializers.lecun_normal(), shape)
     bias = module.param("bias", nn.initializers.zeros, (module.features,))
     return kernel.astype(module.dtype), bias.astype(module.dtype)
+
+
+def down(x, kernel):
+    """4x4 convolution of stride 2: x [B, H, W, C], kernel [4, 4, C, F] -> [B, H/2, W/2, F].
+
+    Computed as a 2x2 convolution over blocks of 2x2 pixels: strides are what a CPU is slow at.
+    """
+    C = x.shape[-1]
+    x = to_blocks(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 2)  # [B, H/2 + 1, W/2 + 1, 4C]
+    kernel = kernel.reshape(2, 2, 2, 2, C, -1).transpose(0, 2, 1, 3, 4, 5)
+    return conv(x, kernel.reshape(2, 2, 4 * C, -1))
+
+
+@jax.custom_vjp
+def up(x, kernel):
+    """The transpose of `down`: x [B, H, W, F], kernel [4, 4, C, F] -> [B, 2H, 2W, C].
+
+    So its gradients are made of down's; those that JAX derives are many times slower on a CPU.
+    """
+    B, H, W, _ = x.shape
+    large = jax.ShapeDtypeStruct((B, 2 * H, 2 * W, kernel.shape[2]), x.dtype)
+    return jax.linear_transpose(lambda y: down(y, kernel), large)(x)[0]
+
+
+def up_gradients(inputs, gradient):
+    """Of `up`, by x and by the kernel, from that by its result [B, 2H, 2W, C]."""
+    x, kernel = inputs
+    by_x, transpose = jax.vjp(lambda kernel: down(gradient, kernel), kernel)
+    return by_x, *transpose(x)
+
+
+up.defvjp(lambda x, kernel: (up(x, kernel), (x, kernel)), up_gradients)
 
 
 def conv(x, kernel):
@@ -321,11 +340,11 @@ def transform_start(net, params, images, key):
     decoder = {**params["decoder"], **decoder, "overlap": jnp.linalg.inv(overlap)}
     params = {"encoder": encoder, "decoder": decoder, "codebook": params["codebook"]}
 
-    images = images[::2]  # k-means takes a minute for all of them and gains nothing that lasts
-    encode = jax.jit(lambda p: net.apply({"params": p}, images, method="encode"))
-    gains = quantize.kmeans(key, encode(params)[..., :1, :], 1, K)
+    images = images[::2]  # all of them take k-means twice as long and gain nothing that lasts
+    encode = jax.jit(lambda p, images: net.apply({"params": p}, images, method="encode"))
+    gains = quantize.kmeans(key, encode(params, images)[..., :1, :], 1, K)
     params["codebook"] = params["codebook"].at[:1, :K].set(gains)
-    z_e = encode(params)  # divided by the gains as those will be rounded
+    z_e = encode(params, images)  # divided by the gains as those will be rounded
     search = quantize.QUANTIZERS[net.quantizer][0]
     params["codebook"] = quantize.kmeans(key, z_e, N, rows, search).at[:1, :K].set(gains)
 
@@ -347,7 +366,7 @@ def fit_overlap(x, steps=500):
     """
     grey = np.asarray(x).mean(-1)
     lines = np.concatenate([grey, grey.swapaxes(1, 2)]).reshape(-1, 32)
-    covariance = jnp.float32(np.cov(lines.T))
+    covariance = np.cov(lines.T, dtype=np.float32)
     half = BLOCK // 2
     mirror = np.eye(half)[::-1]
     butterfly = np.block([[np.eye(half), mirror], [mirror, -np.eye(half)]]) / 2**0.5
@@ -409,15 +428,16 @@ def fit_transform(blocks, bits, N, D, colour):
     blocks = ((blocks - mean).reshape(-1, 3) @ np.float32(colour)).reshape(blocks.shape)
     power, vectors = np.linalg.eigh(np.cov(blocks.T))
     power, vectors = np.maximum(power, 1e-9)[::-1], vectors[:, ::-1]  # strongest first
+    power, vectors = np.float32(power), np.float32(vectors)
     P = len(power)
     band = np.digitize(np.arange(P), [P // 4**i for i in range(BANDS - 1, 0, -1)])
-    one_hot = np.eye(BANDS)[band]  # [P, BANDS]
-    z = blocks @ np.float32(vectors)
+    one_hot = np.eye(BANDS, dtype=np.float32)[band]  # [P, BANDS]
+    z = blocks @ vectors
     gain = 0.5 * np.log(z**2 @ (one_hot / one_hot.sum(0) / power[:, None]) + FLOOR)
     gain = gain - gain.mean(0)
     share = waterfill(((z * np.exp(-gain)[:, band]) ** 2).mean(0), bits)
 
-    dealt, load, used = np.zeros((P, N * D)), np.zeros(N), np.zeros(N, int)
+    dealt, load, used = np.zeros((P, N * D), np.float32), np.zeros(N), np.zeros(N, int)
     for d in np.argsort(-share)[: min((share > 0).sum(), N * D)]:
         slot = np.where(used < D, load, np.inf).argmin()  # the next one where there is least to do
         dealt[d, slot * D + used[slot]] = 1
@@ -425,8 +445,8 @@ def fit_transform(blocks, bits, N, D, colour):
         used[slot] += 1
 
     weight = dealt.T @ (one_hot / power[:, None])  # [N D, BANDS]
-    weight = weight / np.maximum((weight > 0).sum(0), 1)
-    strength = (z @ np.float32(dealt)) ** 2 @ weight
+    weight = weight / np.maximum((weight > 0).sum(0, dtype=np.float32), 1)
+    strength = (z @ dealt) ** 2 @ weight
     weight = weight / np.exp(np.log(strength + FLOOR).mean(0))
     basis = (vectors @ dealt).reshape(P // 3, 3, -1)
     there = np.einsum("ab,ibc->iac", colour, basis).reshape(P, -1)

@@ -61,8 +61,8 @@ def half_distances(z, codebook):
 
 def first_least(x):
     """jnp.argmin(x, -1), as two reductions that vectorise on a CPU, where argmin does not."""
-    k = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(x == x.min(-1, keepdims=True), k, len(k) - 1), -1)
+    k = jnp.arange(x.shape[-1], dtype=jnp.float32)  # floats reduce faster than integers there
+    return jnp.min(jnp.where(x == x.min(-1, keepdims=True), k, len(k) - 1), -1).astype(jnp.int32)
 
 
 def lookup(z_e, codebook):
@@ -82,10 +82,13 @@ def lift(one, z_e, codebook):
     N, D = z_e.shape[-2:]
     z = jnp.moveaxis(sg(z_e), -2, 0).reshape(N, -1, D)  # [N, B h w, D]
     codebook = jnp.broadcast_to(sg(codebook), (N, *codebook.shape[1:]))
-    one_slot = jax.vmap(one, (0, None))
-    if jax.default_backend() == "cpu":  # slot by slot, the distances stay in cache
-        return jax.lax.map(lambda pair: one_slot(*pair), (z, codebook))
-    return jax.vmap(one_slot)(z, codebook)
+    if jax.default_backend() != "cpu":
+        return jax.vmap(jax.vmap(one, (0, None)))(z, codebook)
+
+    def one_slot(pair):  # slot by slot, 2048 vectors at a time: the distances stay in cache
+        return jax.lax.map(lambda v: one(v, pair[1]), pair[0], batch_size=2048)
+
+    return jax.lax.map(one_slot, (z, codebook))
 
 
 def embed(codes, codebook):
@@ -257,11 +260,11 @@ def kmeans(key, z_e, S, K, search=lookup, rounds=6):
     """Codebooks [S, K, D] by k-means of z_e [n, h, w, N, D]. A round is an EMA step of gamma 0."""
 
     @jax.jit
-    def one_round(key, e):
+    def one_round(key, e, z_e):  # an argument: XLA would compute with a constant while it compiles
         ema, e = ema_update(ema_init(e), e, z_e, search(z_e, e), 0.0)
         return restart(key, ema, e, z_e, 0.5)[1]
 
-    e = draw(key, z_e, S, K)
+    e = jax.jit(draw, static_argnums=(2, 3))(key, z_e, S, K)
     for i in range(rounds):
-        e = one_round(jax.random.fold_in(key, i), e)
+        e = one_round(jax.random.fold_in(key, i), e, z_e)
     return e

@@ -102,9 +102,11 @@ def test_lowest_index_wins_a_tie():
     assert quantize.lookup(jnp.zeros((1, 1, 1, 1, 2)), codebook[None]).item() == 1
 
 
-def test_both_lifts_agree(monkeypatch):
-    """The CPU goes image by image, other backends take all at once."""
-    z_e, codebook = field(B=5)
+@pytest.mark.parametrize("B", [5, 700])
+def test_both_lifts_agree(monkeypatch, B):
+    """The CPU goes slot by slot, 2048 vectors at a time, other backends take all at once."""
+    z_e, codebook = field(B=B)
+    assert B < 100 or z_e[..., 0, 0].size > 2048 and z_e[..., 0, 0].size % 2048
     here = quantize.lookup(z_e, codebook)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     np.testing.assert_array_equal(quantize.lookup(z_e, codebook), here)
@@ -277,6 +279,32 @@ def test_rewritten_layers_equal_stock_layers(ours, stock):
     ]
     for mine, theirs in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+RESULTS = [
+    json.loads(line)
+    for name in ("results", "ablations")
+    for line in (Path(__file__).parent / "results" / f"{name}.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("row", RESULTS, ids=lambda row: row["command"])
+def test_the_command_of_a_result_still_means_what_was_run(row):
+    """Presets and the lines that ablations edit have not changed under the numbers shown."""
+    edit, _, command = row["command"].rpartition(" && ")
+    line = edit.split("/")[1].replace("^", "\n") if edit else ""
+    assert line in Path(model.__file__).read_text()
+    overrides, *_ = train.parse(command.removeprefix("python train.py").split())
+    config = train.configure(overrides)
+    for name in ("preset", "likelihood", "steps", "batch", "seed"):
+        assert row[name] == getattr(config, name)
+    assert row["split"] == ("val" if config.val else "test")
+
+
+def test_an_unknown_compiler_option_is_left_out(monkeypatch):
+    """The options of one jaxlib must not stop the kit under another."""
+    monkeypatch.setattr(train, "XLA_OPTIONS", {"xla_cpu_no_such_thing": "1"})
+    assert train.compiler_options() == {}
 
 
 def count(preset, **changes):
