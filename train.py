@@ -343,7 +343,7 @@ def matmul_rate(config, net):
     x, multiply = jnp.ones((side, side), net.dtype), jax.jit(jnp.matmul)
     multiply(x, x).block_until_ready()
     seconds = []
-    for _ in range(3):
+    for _ in range(20):
         start = time.perf_counter()
         multiply(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
