@@ -112,6 +112,16 @@ def test_both_lifts_agree(monkeypatch, B):
     np.testing.assert_array_equal(quantize.lookup(z_e, codebook), here)
 
 
+@pytest.mark.parametrize("options", [lambda: {}, train.compiler_options])
+def test_codes_are_right_where_positions_are_as_many_as_codes(options):
+    """jaxlib 0.10.2 mixes up the axes of such a square when the products are a jnp.sum."""
+    z_e, codebook = field(B=4, h=8, w=8, K=256, D=6)
+    codes = jax.jit(quantize.lookup, compiler_options=options())(z_e, codebook)
+    z, e = np.float64(z_e).reshape(256, -1, 1, 6), np.float64(codebook)
+    right = ((z - e) ** 2).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(codes.reshape(256, -1), right)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_no_array_of_all_differences(backend, monkeypatch):
     """Nothing as large as [B, h, w, N, K, D] is made, forward or backward."""
