@@ -112,7 +112,7 @@ def test_both_lifts_agree(monkeypatch, B):
     np.testing.assert_array_equal(quantize.lookup(z_e, codebook), here)
 
 
-@pytest.mark.parametrize("options", [lambda: {}, train.compiler_options])
+@pytest.mark.parametrize("options", [dict, train.compiler_options])
 def test_codes_are_right_where_positions_are_as_many_as_codes(options):
     """jaxlib 0.10.2 mixes up the axes of such a square when the products are a jnp.sum."""
     z_e, codebook = field(B=4, h=8, w=8, K=256, D=6)
