@@ -1,4 +1,4 @@
-"""The networks of section 4.1 and the likelihoods p(x | z_q).
+"""The networks of section 4.1, the likelihoods p(x | z_q), a start for both, the prior over codes.
 
     x [B, 32, 32, 3] -> Encoder -> z_e [B, 8, 8, N, D] -> quantize -> z_q -> Decoder -> outputs
 
@@ -6,31 +6,133 @@
     Decoder   the mirror: two residual blocks, two 4x4 transposed convolutions of stride 2
     likelihood  outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
 
-The `transform` nets of the `fast` preset are not the paper's: their field is 4 x 4 with 4 N slots.
 The letters are those of quantize.py; `outputs` holds what the likelihood asks for at each pixel.
 Parameters are float32; `dtype` is that of the activations.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import quantize
-from quantize import sg
 
-HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would otherwise round a matmul to ten bits
+# Networks
+
+
+class Residual(nn.Module):
+    """x + (ReLU, 3x3 convolution, ReLU, 1x1 convolution): [B, h, w, hidden] -> the same."""
+
+    hidden: int
+    residual: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
+        return x + nn.Conv(self.hidden, (1, 1), dtype=self.dtype)(nn.relu(y))
+
+
+def residual_blocks(x, config, dtype):
+    """The blocks of an encoder or decoder, and a ReLU: [B, h, w, hidden] -> the same."""
+    for _ in range(config.blocks):
+        x = Residual(config.hidden, config.residual, dtype)(x)
+    return nn.relu(x)
+
+
+class Encoder(nn.Module):
+    """x [B, 32, 32, 3] -> [B, 8, 8, features].
+
+    config: anything with the fields hidden, residual, blocks and net. In DeepMind's published
+    example (`--net deepmind`) the layer next to the pixels has half the channels, and a 3x3
+    convolution stands before the blocks; so in the decoder.
+    """
+
+    config: Any
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        hidden, deepmind = self.config.hidden, self.config.net == "deepmind"
+        x = Down(hidden // 2 if deepmind else hidden, self.dtype)(x)  # [B, 16, 16, hidden or half]
+        x = Down(hidden, self.dtype)(nn.relu(x))  # [B, 8, 8, hidden]
+        if deepmind:
+            x = nn.Conv(hidden, (3, 3), dtype=self.dtype)(nn.relu(x))
+        x = residual_blocks(x, self.config, self.dtype)
+        return nn.Conv(self.features, (1, 1), dtype=self.dtype)(x)  # [B, 8, 8, features]
+
+
+class Decoder(nn.Module):
+    """The mirror of Encoder: z [B, 8, 8, N D] -> [B, 32, 32, features]."""
+
+    config: Any
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, z):
+        hidden, deepmind = self.config.hidden, self.config.net == "deepmind"
+        x = nn.Conv(hidden, (3, 3) if deepmind else (1, 1), dtype=self.dtype)(z)
+        x = residual_blocks(x, self.config, self.dtype)  # [B, 8, 8, hidden]
+        x = Up(hidden // 2 if deepmind else hidden, self.dtype)(x)  # [B, 16, 16, hidden or half]
+        return Up(self.features, self.dtype)(nn.relu(x))  # [B, 32, 32, features]
+
+
+# name of a network -> encoder and decoder
+NETS = {"paper": (Encoder, Decoder), "deepmind": (Encoder, Decoder)}
+
+
+class VQVAE(nn.Module):
+    """Encoder, codebook and decoder; config: a train.Config, or anything with its fields."""
+
+    config: Any
+    dtype: jnp.dtype
+
+    def setup(self):
+        c, (encoder, decoder) = self.config, NETS[self.config.net]
+        self.encoder = encoder(c, c.slots * c.D, self.dtype)
+        self.decoder = decoder(c, LIKELIHOODS[c.likelihood].outputs, self.dtype)
+        self.quantizer = quantize.QUANTIZERS[c.quantizer]
+        start = self.quantizer.start
+        self.codebook = self.param("codebook", start, 1 if c.shared else c.slots, c.K, c.D)
+
+    def __call__(self, images):
+        """images uint8 [B, 32, 32, 3] -> outputs [B, 32, 32, outputs], z_e, Quantized."""
+        z_e = self.encode(images)
+        gradient = quantize.GRADIENTS[self.config.gradient]
+        quantized = quantize.quantize(z_e, self.codebook, self.quantizer.search, gradient)
+        return self.decode(quantized.z_q), z_e, quantized
+
+    def encode(self, images):
+        """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
+        z = self.encoder(jnp.asarray(images, self.dtype) / 255 - 0.5)  # [B, 8, 8, N D]
+        z_e = z.reshape(*z.shape[:3], self.config.slots, self.config.D).astype(jnp.float32)
+        return self.quantizer.bound(z_e)
+
+    def decode(self, z_q):
+        """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], in the dtype of the activations."""
+        return self.decoder(z_q.reshape(*z_q.shape[:3], -1).astype(self.dtype))
+
+    def to_codes(self, images):
+        """images uint8 [B, 32, 32, 3] -> codes [B, 8, 8, N], int32."""
+        return self.quantizer.search(self.encode(images), self.codebook)
+
+    def from_codes(self, codes):
+        """codes [B, 8, 8, N] -> outputs [B, 32, 32, outputs]."""
+        return self.decode(quantize.embed(codes, self.codebook))
+
+
+# The two strided layers, as a CPU is fast at them. Kernels and results are the stock layers'.
 
 
 class Down(nn.Module):
-    """4x4 convolution of stride 2: [B, H, W, C] -> [B, H/2, W/2, features].
-
-    Same kernel and result as nn.Conv(features, (4, 4), (2, 2)).
-    """
+    """nn.Conv(features, (4, 4), (2, 2)): [B, H, W, C] -> [B, H/2, W/2, features]."""
 
     features: int
     dtype: jnp.dtype
@@ -42,10 +144,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """4x4 transposed convolution of stride 2: [B, H, W, C] -> [B, 2H, 2W, features].
-
-    Same kernel and result as nn.ConvTranspose(features, (4, 4), (2, 2)).
-    """
+    """nn.ConvTranspose(features, (4, 4), (2, 2)): [B, H, W, C] -> [B, 2H, 2W, features]."""
 
     features: int
     dtype: jnp.dtype
@@ -72,7 +171,9 @@ def down(x, kernel):
     C = x.shape[-1]
     x = to_blocks(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 2)  # [B, H/2 + 1, W/2 + 1, 4C]
     kernel = kernel.reshape(2, 2, 2, 2, C, -1).transpose(0, 2, 1, 3, 4, 5)
-    return conv(x, kernel.reshape(2, 2, 4 * C, -1))
+    kernel = kernel.reshape(2, 2, 4 * C, -1)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout)
 
 
 @jax.custom_vjp
@@ -96,379 +197,18 @@ def up_gradients(inputs, gradient):
 up.defvjp(lambda x, kernel: (up(x, kernel), (x, kernel)), up_gradients)
 
 
-def conv(x, kernel):
-    """Stride 1, no padding: x [B, H, W, C], kernel [a, b, C, F] -> [B, H - a + 1, W - b + 1, F]."""
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout)
-
-
-class Residual(nn.Module):
-    """x + (ReLU, 3x3 convolution, ReLU, 1x1 convolution): [B, h, w, hidden] -> the same."""
-
-    hidden: int
-    residual: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
-        return x + nn.Conv(self.hidden, (1, 1), dtype=self.dtype)(nn.relu(y))
-
-
-def residual_blocks(x, net):
-    """The blocks of an encoder or decoder `net`, and a ReLU: [B, h, w, hidden] -> the same."""
-    for _ in range(net.blocks):
-        x = Residual(net.hidden, net.residual, net.dtype)(x)
-    return nn.relu(x)
-
-
-class Net(nn.Module):
-    """What encoders and decoders are told: channels out, and the sizes that VQVAE lists."""
-
-    features: int
-    hidden: int
-    residual: int
-    blocks: int
-    dtype: jnp.dtype
-
-
-class Encoder(Net):
-    """Section 4.1: x [B, 32, 32, 3] -> [B, 8, 8, features].
-
-    In DeepMind's published example the first layer has half the channels, and a 3x3 convolution
-    stands before the blocks.
-    """
-
-    deepmind: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        stem = self.hidden // 2 if self.deepmind else self.hidden
-        x = nn.relu(Down(stem, self.dtype)(x.astype(self.dtype)))  # [B, 16, 16, stem]
-        x = Down(self.hidden, self.dtype)(x)  # [B, 8, 8, hidden]
-        if self.deepmind:
-            x = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(nn.relu(x))
-        return nn.Conv(self.features, (1, 1), dtype=self.dtype)(residual_blocks(x, self))
-
-
-class Decoder(Net):
-    """The mirror: z [B, 8, 8, N D] -> [B, 32, 32, features]."""
-
-    deepmind: bool = False
-
-    @nn.compact
-    def __call__(self, z):
-        stem, window = (self.hidden // 2, (3, 3)) if self.deepmind else (self.hidden, (1, 1))
-        x = nn.Conv(self.hidden, window, dtype=self.dtype)(z)  # [B, 8, 8, hidden]
-        x = nn.relu(Up(stem, self.dtype)(residual_blocks(x, self)))  # [B, 16, 16, stem]
-        return Up(self.features, self.dtype)(x)  # [B, 32, 32, features]
-
-
-class TransformEncoder(Net):
-    """Not the paper's: a linear map of 8x8 blocks, and the strength of its bands in each block.
-
-    x [B, 32, 32, 3] -> [B, 4, 4, features]. The blocks overlap, by a filter across their borders
-    (`fit_overlap`). Each band of coefficients is divided by its strength, so that one codebook
-    serves smooth blocks and busy ones. The strengths' logarithms, the gains, are slot 0, and are
-    rounded to their code first: both sides then divide and multiply by the same.
-    `transform_start` fits all of it and nothing here is trained (it gained nothing in a try), so
-    the gradient ends at z_q; hidden, residual and blocks are the decoder's alone.
-    """
-
-    @nn.compact
-    def __call__(self, x, gains):
-        D = gains.shape[-1]  # of the codes of the gains: [1, K, D]
-        overlap, mean, basis, weight = transform_parameters(self, self.features - D)
-        x = to_blocks(both_ways(x * (255 / GREY), overlap), BLOCK)  # [B, 4, 4, P]
-        z = jnp.matmul(x - mean, basis, precision=HIGHEST)  # codes hang on the last bits
-        gain = 0.5 * jnp.log(z**2 @ weight + FLOOR)  # [B, 4, 4, BANDS]
-        gain = sg(jnp.pad(gain, [(0, 0)] * 3 + [(0, D - BANDS)]))  # [B, 4, 4, D]
-        rounded = quantize.embed(quantize.lookup(gain[..., None, :], gains), sg(gains))
-        z = z * band_scale(-rounded[..., 0, :BANDS], weight)
-        return jnp.concatenate([gain, z], -1)
-
-
-class TransformDecoder(Net):
-    """The inverse map, then a filter in the image: [B, 4, 4, N D] -> [B, 32, 32, features].
-
-    The gains say how large the errors of a block are, which is most of what its scales need. The
-    filter works on 4x4 patches and adds zero at first.
-    """
-
-    @nn.compact
-    def __call__(self, z):
-        gain = z[..., :BANDS]
-        overlap, mean, basis, weight = transform_parameters(self, z.shape[-1])
-        z = jnp.matmul(z * band_scale(gain, weight), basis.T, precision=HIGHEST)  # [B, 4, 4, P]
-        x = both_ways(from_blocks(z + mean, BLOCK), overlap)  # [B, 32, 32, 3]
-        log_scale = gain @ self.param("log_scale", nn.initializers.zeros, (BANDS, 3))
-        log_scale = jnp.repeat(jnp.repeat(log_scale, BLOCK, 1), BLOCK, 2)  # [B, 32, 32, 3]
-
-        h = nn.Conv(self.hidden, (3, 3), dtype=self.dtype)(to_blocks(x / 4, 4))  # [B, 8, 8, hidden]
-        last = nn.Dense(16 * self.features, dtype=self.dtype, kernel_init=nn.initializers.zeros)
-        y = from_blocks(last(residual_blocks(h, self)), 4).astype(jnp.float32)
-        return y.at[..., :3].add(x).at[..., 3:6].add(log_scale)
-
-
-def transform_parameters(module, latents):
-    """What a transform consists of; P = 3 BLOCK^2. All of it stays as fitted.
-
-    overlap [32, 32] filters across the borders of blocks, or undoes that; mean [P]; basis
-    [P, latents]; weight [latents, BANDS]: squares of coefficients -> strength of a band, squared.
-    """
-    P = 3 * BLOCK**2
-    overlap = module.param("overlap", nn.initializers.zeros, (32, 32))
-    mean = module.param("mean", nn.initializers.zeros, (P,))
-    basis = module.param("basis", nn.initializers.zeros, (P, latents))
-    weight = module.param("weight", nn.initializers.zeros, (latents, BANDS))
-    return sg((overlap, mean, basis, weight))
-
-
-def both_ways(x, matrix):
-    """matrix [32, 32] on the columns and on the rows of images: [B, 32, 32, C] -> the same."""
-    return jnp.einsum("ij,bjkc,lk->bilc", matrix, x, matrix, precision=HIGHEST)
-
-
-def band_scale(gain, weight):
-    """exp(gain) of each latent's band: gain [B, 4, 4, BANDS] -> [B, 4, 4, latents]."""
-    return jnp.exp(gain @ (weight.T > 0))
-
-
-BLOCK = 8  # pixels on each side of what is transformed together
-BANDS = 4  # bands of 3, 9, 36 and 144 coefficients, strongest first
-FLOOR = 0.1  # of a band's usual strength squared: below it, the gain no longer follows
-
-
-# name -> encoder, decoder, and how many of the 8x8 positions are coded as one with all their slots
-NETS = {
-    "paper": (Encoder, Decoder, 1),
-    "deepmind": (
-        functools.partial(Encoder, deepmind=True),
-        functools.partial(Decoder, deepmind=True),
-        1,
-    ),
-    "transform": (TransformEncoder, TransformDecoder, BLOCK**2 // 16),
-}
-
-
-class VQVAE(nn.Module):
-    """Encoder, codebook and decoder.
-
-    net       a key of NETS
-    hidden    channels of the networks
-    residual  channels between the two convolutions of a residual block
-    blocks    residual blocks on each side
-    outputs   numbers at each pixel, as the likelihood asks
-    """
-
-    net: str
-    hidden: int
-    residual: int
-    blocks: int
-    slots: int
-    K: int
-    D: int
-    shared: bool
-    quantizer: str
-    outputs: int
-    dtype: jnp.dtype
-
-    def setup(self):
-        encoder, decoder, together = NETS[self.net]
-        N = self.slots * together
-        sizes = {name: getattr(self, name) for name in ("hidden", "residual", "blocks", "dtype")}
-        self.encoder = encoder(features=N * self.D, **sizes)
-        self.decoder = decoder(features=self.outputs, **sizes)
-        S = 1 if self.shared else N
-        self.search, copies, self.rows_of = quantize.QUANTIZERS[self.quantizer]
-        self.codebook = self.param("codebook", quantize.init_codebook, S, copies * self.K, self.D)
-
-    def __call__(self, images):
-        """images uint8 [B, 32, 32, 3] -> outputs [B, 32, 32, outputs], z_e, Quantized."""
-        z_e = self.encode(images)
-        quantized = quantize.quantize(z_e, self.codebook, self.search)
-        return self.decode(quantized.z_q), z_e, quantized
-
-    def encode(self, images):
-        """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
-        gains = [self.codebook[:1, : self.K]] if self.net == "transform" else []
-        z = self.encoder(images / 255.0 - 0.5, *gains)  # [B, 8, 8, N D]
-        return z.reshape(*z.shape[:3], -1, self.D).astype(jnp.float32)
-
-    def decode(self, z_q):
-        """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], in the dtype of the activations."""
-        return self.decoder(z_q.reshape(*z_q.shape[:3], -1))
-
-    def to_codes(self, images):
-        """images uint8 [B, 32, 32, 3] -> codes [B, 8, 8, N], int32."""
-        return self.search(self.encode(images), self.codebook) % self.K
-
-    def from_codes(self, codes):
-        """codes [B, 8, 8, N] -> outputs [B, 32, 32, outputs]."""
-        return self.decode(quantize.embed(self.rows_of(codes, self.K), self.codebook))
-
-
 def to_blocks(x, size):
-    """Blocks of size x size pixels: [B, 32, 32, C] -> [B, 32/size, 32/size, size^2 C]."""
+    """Blocks of size x size pixels: [B, H, W, C] -> [B, H/size, W/size, size^2 C]."""
     B, H, W, C = x.shape
     x = x.reshape(B, H // size, size, W // size, size, C).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(B, H // size, W // size, size**2 * C)
 
 
-def from_blocks(x, size):
-    """The inverse of to_blocks: [B, 32/size, 32/size, size^2 C] -> [B, 32, 32, C]."""
-    B, h, w, _ = x.shape
-    x = x.reshape(B, h, w, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, size * h, size * w, -1)
+# Likelihoods: outputs [B, 32, 32, outputs], images uint8 [B, 32, 32, 3] and the variance of the
+# training pixels in [0, 1] -> the loss of each colour value and a reconstruction in grey levels,
+# both float32 [B, 32, 32, 3].
 
-
-def transform_start(net, params, images, key):
-    """Parameters of a `transform` net with which step 0 is already a good quantiser of blocks.
-
-    The map is fitted, k-means makes the codebooks, and the filter starts at zero: it only has to
-    learn what a linear map cannot. images: uint8 [n, 32, 32, 3], some thousand of them.
-    """
-    (N, rows, D), K = params["codebook"].shape, net.K
-    x = np.concatenate([images, images[:, :, ::-1]])
-    x = (x - np.float32(127.5)) / np.float32(GREY)
-    overlap = fit_overlap(x)
-    blocks = np.asarray(to_blocks(both_ways(x, overlap), BLOCK)).reshape(-1, 3 * BLOCK**2)
-    bits = (N - 1) * math.log2(K)
-    colour = colour_scale(blocks, bits) if net.outputs == 9 else np.eye(3)
-    encoder, decoder = fit_transform(blocks, bits, N - 1, D, colour)
-    encoder = {**params["encoder"], **encoder, "overlap": overlap}
-    decoder = {**params["decoder"], **decoder, "overlap": jnp.linalg.inv(overlap)}
-    params = {"encoder": encoder, "decoder": decoder, "codebook": params["codebook"]}
-
-    images = images[::2]  # all of them take k-means twice as long and gain nothing that lasts
-    encode = jax.jit(lambda p, images: net.apply({"params": p}, images, method="encode"))
-    gains = quantize.kmeans(key, encode(params, images)[..., :1, :], 1, K)
-    params["codebook"] = params["codebook"].at[:1, :K].set(gains)
-    z_e = encode(params, images)  # divided by the gains as those will be rounded
-    search = quantize.QUANTIZERS[net.quantizer][0]
-    params["codebook"] = quantize.kmeans(key, z_e, N, rows, search).at[:1, :K].set(gains)
-
-    outputs, z_e, _ = jax.jit(net.apply)({"params": params}, images[:1000])
-    error = images[:1000] - (127.5 + GREY * np.asarray(outputs[..., :3], np.float64))
-    bias = decoder["Dense_0"]["bias"].reshape(16, -1)  # [16, outputs]
-    start, decoder["log_scale"] = logistic_start(error, z_e[..., 0, :BANDS], net.outputs)
-    decoder["Dense_0"] = {**decoder["Dense_0"], "bias": bias.at[:, 3:].set(start).reshape(-1)}
-    return params
-
-
-def fit_overlap(x, steps=500):
-    """Filter across the borders of blocks that makes the map of each block code best: [32, 32].
-
-    The pre-filter of a lapped transform (Tran, Liang and Tu 2003): on the BLOCK pixels around each
-    border a butterfly, a matrix V on the differences, the butterfly again. V is what makes
-    log det of the blocks' covariance and the error that the inverse spreads smallest together.
-    x [n, 32, 32, 3]; rows and columns of its grey values are what is fitted.
-    """
-    grey = np.asarray(x).mean(-1)
-    lines = np.concatenate([grey, grey.swapaxes(1, 2)]).reshape(-1, 32)
-    covariance = np.cov(lines.T, dtype=np.float32)
-    half = BLOCK // 2
-    mirror = np.eye(half)[::-1]
-    butterfly = np.block([[np.eye(half), mirror], [mirror, -np.eye(half)]]) / 2**0.5
-    borders, starts = range(half, 32 - BLOCK, BLOCK), range(0, 32, BLOCK)
-
-    def overlap(V):
-        around = butterfly @ jax.scipy.linalg.block_diag(jnp.eye(half), V) @ butterfly
-        return jax.scipy.linalg.block_diag(
-            jnp.eye(half), *[around for _ in borders], jnp.eye(half)
-        )
-
-    def cost(V):
-        F = overlap(V)
-        filtered = jnp.linalg.multi_dot([F, covariance, F.T], precision=HIGHEST)
-        blocks = jnp.stack([filtered[i : i + BLOCK, i : i + BLOCK] for i in starts])
-        spread = jnp.sum(jnp.linalg.inv(F) ** 2) / 32
-        return jnp.linalg.slogdet(blocks)[1].sum() / 32 + jnp.log(spread)
-
-    optimizer = optax.adam(0.02)
-
-    def step(carry, _):
-        V, state = carry
-        updates, state = optimizer.update(jax.grad(cost)(V), state)
-        return (V + updates, state), None
-
-    V = jnp.eye(half)
-    (V, _), _ = jax.lax.scan(step, (V, optimizer.init(V)), length=steps)
-    return overlap(V)
-
-
-def colour_scale(blocks, bits, rounds=40):
-    """What to multiply the colours of a pixel by before the transform, for `colours`: [3, 3].
-
-    Conditioned on one another, colours cost the logarithm of the determinant of their errors'
-    covariance: the product of the errors along three axes, where a mean squared error has the sum.
-    Chroma is smooth, so bits make its error small in all pixels at once, and belong there. With the
-    best split the scaled errors are alike along all axes. blocks and `bits` as in fit_transform.
-    """
-    covariance, colour, pixels = np.cov(blocks.T), np.eye(3), BLOCK**2
-    for _ in range(rounds):
-        scale = np.kron(np.eye(pixels), colour)
-        power, vectors = np.linalg.eigh(scale.T @ covariance @ scale)
-        power = np.maximum(power, 1e-9)
-        left = power / 4 ** waterfill(power, bits)
-        error = ((vectors * left) @ vectors.T).reshape(pixels, 3, pixels, 3)
-        colour = colour @ np.linalg.inv(np.einsum("iaib->ab", error))
-        colour = colour / np.cbrt(np.linalg.det(colour))
-    return colour
-
-
-def fit_transform(blocks, bits, N, D, colour):
-    """Parameters of the linear map of blocks to N slots of D numbers, and of its inverse.
-
-    blocks [n, 3 BLOCK^2] in units of GREY; colour [3, 3] scales what is then held equally dear.
-    The coefficients are those of eigenvectors. `bits` go to them by reverse water-filling, and they
-    are dealt to the slots so that each has about as many bits of work.
-    """
-    mean = blocks.mean(0)
-    blocks = ((blocks - mean).reshape(-1, 3) @ np.float32(colour)).reshape(blocks.shape)
-    power, vectors = np.linalg.eigh(np.cov(blocks.T))
-    power, vectors = np.maximum(power, 1e-9)[::-1], vectors[:, ::-1]  # strongest first
-    power, vectors = np.float32(power), np.float32(vectors)
-    P = len(power)
-    band = np.digitize(np.arange(P), [P // 4**i for i in range(BANDS - 1, 0, -1)])
-    one_hot = np.eye(BANDS, dtype=np.float32)[band]  # [P, BANDS]
-    z = blocks @ vectors
-    gain = 0.5 * np.log(z**2 @ (one_hot / one_hot.sum(0) / power[:, None]) + FLOOR)
-    gain = gain - gain.mean(0)
-    share = waterfill(((z * np.exp(-gain)[:, band]) ** 2).mean(0), bits)
-
-    dealt, load, used = np.zeros((P, N * D), np.float32), np.zeros(N), np.zeros(N, int)
-    for d in np.argsort(-share)[: min((share > 0).sum(), N * D)]:
-        slot = np.where(used < D, load, np.inf).argmin()  # the next one where there is least to do
-        dealt[d, slot * D + used[slot]] = 1
-        load[slot] += share[d]
-        used[slot] += 1
-
-    weight = dealt.T @ (one_hot / power[:, None])  # [N D, BANDS]
-    weight = weight / np.maximum((weight > 0).sum(0, dtype=np.float32), 1)
-    strength = (z @ dealt) ** 2 @ weight
-    weight = weight / np.exp(np.log(strength + FLOOR).mean(0))
-    basis = (vectors @ dealt).reshape(P // 3, 3, -1)
-    there = np.einsum("ab,ibc->iac", colour, basis).reshape(P, -1)
-    back = np.einsum("ba,ibc->iac", np.linalg.inv(colour), basis).reshape(P, -1)
-    slot_0 = np.zeros((D, BANDS)), np.zeros((P, D))
-    encoder = {"mean": mean, "basis": there, "weight": weight}
-    decoder = {
-        "mean": mean,
-        "basis": np.concatenate([slot_0[1], back], 1),
-        "weight": np.concatenate([slot_0[0], weight]),
-    }
-    return jax.tree.map(jnp.float32, (encoder, decoder))
-
-
-def waterfill(power, bits):
-    """Reverse water-filling: how many of `bits` each Gaussian of variance `power` gets: [n]."""
-    low, high = power.min() * 1e-9, power.max()
-    for _ in range(100):
-        level = math.sqrt(low * high)
-        share = np.maximum(0, 0.5 * np.log2(np.maximum(power, 1e-12) / level))
-        low, high = (level, high) if share.sum() > bits else (low, level)
-    return share
+GREY = 16.0  # outputs speak of means and scales in units of 16 grey levels
 
 
 def categorical(outputs, images, variance):
@@ -503,31 +243,10 @@ def colours(outputs, images, variance):
     # since a CPU takes four times as long over slices of single channels.
     error_of = np.float32([[1, 1, 0], [0, 0, 1], [0, 0, 0]])
     mean_of = np.float32([[0, 1, 0], [0, 0, 1], [0, 0, 1]])
-    error = jnp.matmul(images - mean, error_of, precision=HIGHEST)
-    moved = mean + jnp.matmul(slope * error, mean_of, precision=HIGHEST)
+    exact = jax.lax.Precision.HIGHEST  # a GPU would otherwise round to ten bits
+    error = jnp.matmul(images - mean, error_of, precision=exact)
+    moved = mean + jnp.matmul(slope * error, mean_of, precision=exact)
     return logistic_nll(images, moved, log_scale), jnp.clip(mean, 0, 255)
-
-
-def logistic_start(error, gain, outputs):
-    """What `logistic` and `colours` should say beside the mean, given its errors.
-
-    error [n, 32, 32, 3] in grey levels and gain [n, 4, 4, BANDS] -> the same [outputs - 3] for all
-    pixels, and how log scales depend on the gains [BANDS, 3].
-    """
-    red, green, blue = error.reshape(-1, 3).T
-    slopes = np.zeros(3)
-    if outputs == 9:
-        slopes[:1] = np.linalg.lstsq(red[:, None], green, rcond=None)[0]
-        slopes[1:] = np.linalg.lstsq(np.stack([red, green], -1), blue, rcond=None)[0]
-    moved = np.stack([red, green - slopes[0] * red, blue - slopes[1:] @ [red, green]], -1)
-    blocks = np.asarray(to_blocks(moved.reshape(error.shape), BLOCK)).reshape(-1, BLOCK**2, 3)
-    scale = np.sqrt((blocks**2).mean(1) + 0.05) * (math.sqrt(3) / math.pi / GREY)  # [16 n, 3]
-    factors = np.concatenate([np.asarray(gain).reshape(-1, BANDS), np.ones((len(scale), 1))], 1)
-    weights = np.linalg.lstsq(factors, np.log(scale), rcond=None)[0]  # [BANDS + 1, 3]
-    return np.concatenate([weights[-1], slopes])[: outputs - 3], jnp.float32(weights[:-1])
-
-
-GREY = 16.0  # outputs speak of means and scales in units of 16 grey levels
 
 
 def logistic_nll(x, mean, log_scale):
@@ -551,13 +270,406 @@ def gaussian(outputs, images, variance):
     return (images / 255.0 - mean) ** 2 / variance, jnp.clip(255 * mean, 0, 255)
 
 
-# name -> (outputs at a pixel, function, whether its loss is -log p in nats).
-# A function takes outputs [B, 32, 32, outputs], images uint8 [B, 32, 32, 3] and the variance of the
-# training pixels in [0, 1], and returns the loss of each colour value and a reconstruction in grey
-# levels, both float32 [B, 32, 32, 3].
+# What each says at the start. From m and s, a pixel's three means (less 127.5) and log scales in
+# units of GREY, `outputs` are [m, s] @ weights + bias, with weights [6, outputs], bias [outputs];
+# they are made from the errors' standard deviation [3] and slopes [3], as `colours` has them.
+
+
+def categorical_start(deviation, slopes):
+    """Logits of a discretised Gaussian, m k / s^2 - k^2 / 2 s^2: linear in the mean m."""
+    del slopes
+    k = (np.arange(256) - 127.5) / GREY
+    weights = np.zeros((6, 3, 256))
+    weights[range(3), range(3)] = k / deviation[:, None] ** 2
+    bias = -0.5 * (k / deviation[:, None]) ** 2  # [3, 256]
+    return weights.reshape(6, -1), bias.reshape(-1)
+
+
+def logistic_start(deviation, slopes):
+    """Means and log scales as they are."""
+    del deviation, slopes
+    return np.eye(6), np.zeros(6)
+
+
+def colours_start(deviation, slopes):
+    """The same, and each pixel with the slopes of all."""
+    del deviation
+    return np.eye(6, 9), np.concatenate([np.zeros(6), slopes])
+
+
+def gaussian_start(deviation, slopes):
+    """The means, in units of [0, 1]."""
+    del deviation, slopes
+    return np.eye(6, 3) * GREY / 255, np.zeros(3)
+
+
+class Likelihood(NamedTuple):
+    """A row of LIKELIHOODS."""
+
+    outputs: int  # numbers at a pixel
+    loss: Callable  # as above
+    exact: bool  # whether the loss is -log p in nats, so that there are bits/dim
+    start: Callable | None = None  # as above; without it there is no `--init pca`
+
+
 LIKELIHOODS = {
-    "categorical": (3 * 256, categorical, True),
-    "logistic": (3 * 2, logistic, True),
-    "colours": (3 * 3, colours, True),
-    "gaussian": (3, gaussian, False),
+    "categorical": Likelihood(3 * 256, categorical, True, categorical_start),
+    "logistic": Likelihood(3 * 2, logistic, True, logistic_start),
+    "colours": Likelihood(3 * 3, colours, True, colours_start),
+    "gaussian": Likelihood(3, gaussian, False, gaussian_start),
 }
+
+
+# The start `--init pca`. The paper does not say how its weights began; here step 0 already is a
+# good quantiser of 4x4 patches, in the layers as they are. A linear value passes a ReLU as the
+# pair v, -v. Residual blocks begin as the identity. Channels not needed keep their stock weights.
+
+PATCH = 4 * 4 * 3
+ROOM = 2 * PATCH  # channels that the pairs of a whole patch take
+
+
+def pca_start(config, params, images, key):
+    """`params` of a VQVAE, begun as the patch quantiser that suits `images`, uint8 [n, 32, 32, 3].
+
+    Eigenvectors of patches are dealt to the slots, k-means makes the codebooks, and the likelihood
+    says of the errors that are left what it can.
+    """
+    quantizer = quantize.QUANTIZERS[config.quantizer]
+    mean = images.mean((0, 1, 2))  # [3], grey levels
+    patches = np.float32(to_blocks((images - np.float32(mean)) / GREY, 4))  # [n, 8, 8, 48]
+    bits, conditioned = config.slots * math.log2(config.K), config.likelihood == "colours"
+    analysis, synthesis, share = principal(patches.reshape(-1, PATCH), bits, conditioned)
+    dealt = deal(share, config.slots, config.D)  # [k, N D]
+    analysis, synthesis = analysis[:, : len(dealt)], synthesis[: len(dealt)]
+    if not quantizer.learns:  # fit the coefficients to the grid, not the grid to them
+        dealt = dealt / (2 * (patches @ analysis).std((0, 1, 2))[:, None])
+
+    z_e = quantizer.bound(jnp.array(patches @ np.float32(analysis @ dealt)))
+    z_e = z_e.reshape(*z_e.shape[:3], config.slots, config.D)  # [n, 8, 8, N, D]
+    codebook = params["codebook"]
+    if quantizer.learns:
+        codebook = quantize.kmeans(key, z_e, len(codebook), config.K)
+    codes = jax.jit(quantizer.search)(z_e[:1000], codebook)
+    z_q = np.asarray(quantize.embed(codes, codebook)).reshape(*codes.shape[:3], -1)
+    inverse = np.linalg.pinv(dealt)  # [N D, k]
+    kept = z_q @ inverse  # [n, 8, 8, k], n at most 1000
+    scales, *last = speak(config.likelihood, kept, patches[:1000] - kept @ synthesis)
+
+    params = jax.tree.map(np.array, params)  # a copy to write into
+    shift = (mean - 127.5) / GREY
+    write_encoder(params["encoder"], analysis, dealt, shift)
+    write_decoder(params["decoder"], synthesis, inverse, scales, last, shift)
+    return jax.tree.map(jnp.asarray, {**params, "codebook": codebook})
+
+
+def principal(patches, bits, conditioned):
+    """The directions of patches [n, 48] that deserve bits: analysis [48, k], synthesis [k, 48].
+
+    And how many of the `bits` each gets, strongest first: share [k]. `conditioned`: the likelihood
+    is `colours`, for which `colour_scale` weighs the colours before.
+    """
+    power = patches.T @ patches / len(patches)
+    colour = colour_scale(power, bits) if conditioned else np.eye(3)
+    scale = np.kron(np.eye(PATCH // 3), colour)  # [48, 48]
+    power, vectors = np.linalg.eigh(scale.T @ power @ scale)
+    power, vectors = power[::-1], vectors[:, ::-1]
+    share = waterfill(power, bits)
+    share = share[share > 0]
+    kept = vectors[:, : len(share)]
+    return scale @ kept, kept.T @ np.linalg.inv(scale), share
+
+
+def waterfill(power, bits):
+    """Reverse water-filling: how many of `bits` each Gaussian of variance `power` gets: [n]."""
+    power = np.maximum(power, 1e-9)
+    low, high = power.min() * 1e-9, power.max()
+    for _ in range(100):
+        level = math.sqrt(low * high)
+        share = np.maximum(0, 0.5 * np.log2(power / level))
+        low, high = (level, high) if share.sum() > bits else (low, level)
+    return share
+
+
+def colour_scale(power, bits, rounds=40):
+    """What to multiply a pixel's colours by, for `colours`: [3, 3]; power [48, 48] is of patches.
+
+    Conditioned on one another, colours cost the logarithm of the determinant of their errors'
+    covariance: the product of the errors along three axes, where a mean squared error has the sum.
+    Chroma is smooth, so bits make its error small in all pixels at once, and belong there. With the
+    best split the scaled errors are alike along all axes.
+    """
+    colour, pixels = np.eye(3), PATCH // 3
+    for _ in range(rounds):
+        scale = np.kron(np.eye(pixels), colour)
+        variance, vectors = np.linalg.eigh(scale.T @ power @ scale)
+        left = np.maximum(variance, 1e-9) / 4 ** waterfill(variance, bits)
+        error = ((vectors * left) @ vectors.T).reshape(pixels, 3, pixels, 3)
+        colour = colour @ np.linalg.inv(np.einsum("iaib->ab", error))
+        colour = colour / np.cbrt(np.linalg.det(colour))
+    return colour
+
+
+def deal(share, N, D):
+    """Which place in z_e each direction gets, so that slots have alike bits of work: [k, N D]."""
+    dealt, load, used = np.zeros((min(len(share), N * D), N * D)), np.zeros(N), np.zeros(N, int)
+    for d in range(len(dealt)):
+        slot = np.where(used < D, load, np.inf).argmin()
+        dealt[d, slot * D + used[slot]] = 1
+        load[slot] += share[d]
+        used[slot] += 1
+    return dealt
+
+
+def speak(likelihood, kept, error):
+    """What a likelihood can say of errors at the start: scales, and weights and bias of its row.
+
+    kept [n, 8, 8, k] are the quantised coefficients and error [n, 8, 8, 48] what they leave of a
+    patch. A patch of strong coefficients has large errors: scales [k, 2, 2, 3] are the slopes of
+    the log errors of its four blocks of 2x2 pixels over the coefficients' sizes (least squares).
+    """
+    red, green, blue = np.float64(error).reshape(-1, 3).T
+    slopes = np.zeros(3)
+    if likelihood == "colours":
+        slopes[:1] = np.linalg.lstsq(red[:, None], green, rcond=None)[0]
+        slopes[1:] = np.linalg.lstsq(np.stack([red, green], -1), blue, rcond=None)[0]
+    moved = np.stack([red, green - slopes[0] * red, blue - slopes[1:] @ [red, green]], -1)
+    blocks = by_blocks(moved.reshape(-1, PATCH).T, 3)  # [2, 2, 4, 3, positions]
+    power = (blocks**2).mean(2).reshape(12, -1).T  # [positions, 12]
+    sizes = np.abs(kept).reshape(len(power), -1)
+    centred = sizes - sizes.mean(0)
+    slope = np.linalg.lstsq(centred, 0.5 * np.log(power + 2e-4), rcond=None)[0]  # [k, 12]
+    level = 0.5 * np.log((power / np.exp(2 * sizes @ slope)).mean(0))  # [12]
+    weights, bias = LIKELIHOODS[likelihood].start(np.sqrt((moved**2).mean(0)), slopes)
+    log_scale = level.reshape(4, 3).mean(0) + math.log(math.sqrt(3) / math.pi)
+    return slope.reshape(-1, 2, 2, 3), weights, bias + np.pad(log_scale, (3, 0)) @ weights
+
+
+def by_blocks(rows, colours):
+    """Rows of a patch [48, F] -> [2, 2, 4, colours, F]: which 2x2 block, and where in it."""
+    rows = rows.reshape(2, 2, 2, 2, colours, -1).transpose(0, 2, 1, 3, 4, 5)
+    return rows.reshape(2, 2, 4, colours, -1)
+
+
+def pairs(x, axis=-1):
+    """x and -x, one after the other along `axis`."""
+    return np.concatenate([x, -x], axis)
+
+
+def wire(layer, block, bias=0.0, transposed=False):
+    """Write `block` [t, t, inputs, outputs] into the middle of a kernel, for its first channels.
+
+    Those outputs read nothing else. `transposed`: of nn.ConvTranspose, whose kernel is mirrored.
+    """
+    t, _, inputs, outputs = block.shape
+    edge = (len(layer["kernel"]) - t) // 2
+    layer["kernel"][..., :outputs] = 0
+    block = block[::-1, ::-1] if transposed else block
+    layer["kernel"][edge : edge + t, edge : edge + t, :inputs, :outputs] = block
+    layer["bias"][:outputs] = bias
+
+
+def write_encoder(layers, analysis, dealt, shift):
+    """Pixels, as pairs -> coefficients of a patch, as pairs -> their places in z_e."""
+    pixels = pairs(np.eye(12) * 255 / GREY).reshape(2, 2, 3, 24)
+    wire(layers["Down_0"], pixels, pairs(np.tile(-shift, 4)))
+    taps = by_blocks(analysis, 3).reshape(2, 2, 12, -1)
+    wire(layers["Down_1"], pairs(pairs(taps), 2))
+    convolutions = [layers[name] for name in ("Conv_0", "Conv_1") if name in layers]
+    for layer in convolutions[:-1]:
+        wire(layer, pairs(pairs(np.eye(len(dealt))), 0)[None, None])
+    wire(convolutions[-1], pairs(dealt, 0)[None, None])
+    begin_as_identity(layers)
+
+
+def write_decoder(layers, synthesis, inverse, scales, last, shift):
+    """Coefficients, as pairs -> values and log scales of 2x2 blocks, as pairs -> outputs."""
+    wire(layers["Conv_0"], pairs(inverse)[None, None])
+    begin_as_identity(layers)
+    taps = by_blocks(synthesis.T, 3).reshape(2, 2, 12, -1).swapaxes(2, 3)  # [2, 2, k, 12]
+    sizes = scales.transpose(1, 2, 0, 3)  # [2, 2, k, 3]; |v| is the sum of the pair's ReLUs
+    sizes = np.concatenate([pairs(sizes), pairs(sizes)], 2)
+    wire(layers["Up_0"], np.concatenate([pairs(pairs(taps, 2)), sizes], -1), transposed=True)
+    means = pairs(np.eye(12).reshape(12, 2, 2, 3).transpose(1, 2, 0, 3), 2)  # [2, 2, 24, 3]
+    log_scales = np.tile(pairs(np.eye(3), 0), (2, 2, 1, 1))  # [2, 2, 6, 3]
+    zeros = np.zeros((2, 2, 24, 3)), np.zeros((2, 2, 6, 3))
+    pixels = np.block([[means, zeros[0]], [zeros[1], log_scales]])  # [2, 2, 30, 6]
+    weights, bias = last
+    bias = bias + np.pad(shift, (0, 3)) @ weights
+    wire(layers["Up_1"], pixels @ weights, bias, transposed=True)
+
+
+def begin_as_identity(layers):
+    """Residual blocks add zero."""
+    for name in layers:
+        if name.startswith("Residual"):
+            layers[name]["Conv_1"]["kernel"][:] = 0
+
+
+# The prior p(codes) of section 3.3, trained once the codes are fixed. Positions come in raster
+# order and the slots of a position one after another: the product of all conditionals is exact.
+# The paper has a PixelCNN. This is a transformer, whose first layer is a PixelCNN's: on a field of
+# 8 x 8 attention can see everything, in large matmuls, which a CPU is better at.
+# T = h w positions; F features of a code.
+
+
+class Prior(nn.Module):
+    """Logits of p(code | all earlier codes); config has width, layers, heads and dropout."""
+
+    config: Any
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.context = Context(self.config, self.dtype)
+        self.slots = Slots(self.dtype)
+
+    def __call__(self, codes, codebook, train=False):
+        """codes [B, h, w, N], codebook [S, K, D] -> logits [B, h, w, N, K], float32.
+
+        With train and a dropout above 0 it needs a key: rngs={"dropout": key}.
+        """
+        x = self.see(codes, codebook, train)
+        logits = self.tell(x, codes.reshape(*x.shape[:2], -1), codebook)  # [B, T, N, K]
+        return logits.reshape(*codes.shape, -1)
+
+    def see(self, codes, codebook, train=False):
+        """What is known of all earlier positions, at each: [B, h, w, N] -> [B, T, width]."""
+        return self.context(code_vectors(codes, codebook).astype(self.dtype), train)
+
+    def tell(self, x, codes, codebook):
+        """Logits at some positions: x [B, T, width], codes [B, T, N] -> [B, T, N, K]."""
+        vectors = code_vectors(codes, codebook).astype(self.dtype)
+        return self.slots(x, vectors, code_features(codebook, codes.shape[-1])[1])
+
+
+class Context(nn.Module):
+    """A causal transformer over positions: vectors of codes [B, h, w, N, D] -> [B, T, width]."""
+
+    config: Any
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, vectors, train):
+        (B, h, w), width = vectors.shape[:3], self.config.width
+        x = neighbours(vectors.reshape(B, h, w, -1))  # [B, h, w, 4 N D]
+        x = nn.Dense(width, dtype=self.dtype)(x)
+        row = self.param("row", nn.initializers.normal(0.02), (h, 1, width))
+        column = self.param("column", nn.initializers.normal(0.02), (1, w, width))
+        x = (x + (row + column).astype(self.dtype)).reshape(B, h * w, width)
+        for _ in range(self.config.layers):
+            x = Block(self.config.heads, self.config.dropout, self.dtype)(x, train)
+        return nn.LayerNorm(dtype=self.dtype)(x)
+
+
+def code_vectors(codes, codebook):
+    """The codes' vectors, standardised: codes [..., N], codebook [S, K, D] -> [..., N, D]."""
+    N = codes.shape[-1]
+    return code_features(codebook, N)[0][jnp.arange(N), codes.astype(jnp.int32)]
+
+
+def code_features(codebook, N):
+    """What is known of each code: codebook [S, K, D] -> e [N, K, D], and e with products [N, K, F].
+
+    Both in units of their own spread. A logit that is linear in e and its products can be the
+    logarithm of any Gaussian, and codes near each other get logits near each other. Products of all
+    pairs of dimensions up to D = 8, of each with itself above.
+    """
+
+    def standardise(x):  # over the codes; what is the same for all of them stays 0
+        x, spread = x - x.mean(1, keepdims=True), x.std(1, keepdims=True)
+        return x / (spread + 1e-3 * spread.max(-1, keepdims=True) + 1e-6)
+
+    e = standardise(jax.lax.stop_gradient(codebook))
+    D = e.shape[-1]
+    i, j = np.triu_indices(D) if D <= 8 else (np.arange(D), np.arange(D))
+    both = jnp.concatenate([e, standardise(e[..., i] * e[..., j])], -1)
+    return tuple(jnp.broadcast_to(x, (N, *x.shape[1:])) for x in (e, both))
+
+
+def neighbours(x):
+    """The four earlier neighbours of each position, beside each other: [B, h, w, C] -> 4 C.
+
+    Left, and the three above; zeros beyond the edge. A masked 3x3 convolution is a Dense of them.
+    """
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 0), (1, 1), (0, 0)))
+    corners = (1, 0), (0, 0), (0, 1), (0, 2)
+    return jnp.concatenate([x[:, i : i + h, j : j + w] for i, j in corners], -1)
+
+
+class Block(nn.Module):
+    """One layer of a causal transformer: x [B, T, width] -> the same."""
+
+    heads: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, train):
+        B, T, width = x.shape
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        qkv = dense(3 * width)(nn.LayerNorm(dtype=self.dtype)(x))
+        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.heads, width // self.heads), 2, 0)
+        causal = jnp.tril(jnp.ones((T, T), bool))
+        y = nn.dot_product_attention(q, k, v, mask=causal, dtype=self.dtype)
+        x = x + drop(dense(width)(y.reshape(B, T, width)))
+        y = nn.gelu(dense(2 * width)(nn.LayerNorm(dtype=self.dtype)(x)))
+        return x + drop(dense(width)(y))
+
+
+class Slots(nn.Module):
+    """The head: slot n from its position's context and the slots before n.
+
+    A sum over earlier slots and a layer for each slot, as in NADE (Uria et al. 2016, arXiv
+    1605.02226), so that one pass gives the logits of all N.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, vectors, features):
+        """x [B, T, width], vectors [B, T, N, D], features [N, K, F] -> logits [B, T, N, K]."""
+        (N, K, F), width = features.shape, x.shape[-1]
+        layer = functools.partial(nn.DenseGeneral, axis=-1, batch_dims=0)  # its own for each slot
+        x = nn.Dense(width, dtype=self.dtype)(x)
+        own = layer(width, dtype=self.dtype)(jnp.moveaxis(vectors, 2, 0))  # [N, B, T, width]
+        earlier = jnp.tril(jnp.ones((N, N), self.dtype), -1)  # jnp.cumsum is slow on a CPU
+        y = x + jnp.einsum("nm,m...->n...", earlier, own)  # [N, B, T, width]
+        y = nn.gelu(nn.LayerNorm(dtype=self.dtype)(y))
+        y = nn.gelu(layer(width, dtype=self.dtype)(y)).astype(jnp.float32)
+        y = layer(F, kernel_init=nn.initializers.zeros)(y)  # [N, B, T, F]
+        bias = self.param("bias", nn.initializers.zeros, (N, K))
+        logits = jnp.einsum("nbtf,nkf->nbtk", y, features) + bias[:, None, None]
+        return jnp.moveaxis(logits, 0, 2)
+
+
+def prior_nll(logits, codes):
+    """-log p of every code in nats: logits [..., K], codes [...] -> [...]; its mean is the loss."""
+    chosen = jnp.take_along_axis(logits, codes[..., None].astype(jnp.int32), -1)[..., 0]
+    return nn.logsumexp(logits, -1) - chosen
+
+
+def sample(prior, params, codebook, key, shape, temperature=1.0, show=lambda done: None):
+    """Codes drawn from a Prior, position by position: shape (count, h, w, N) -> codes, int32.
+
+    Every logit is divided by the temperature: below 1, fields are likelier and more alike.
+    show(done) is called after each position.
+    """
+    w, N = shape[2:]
+    context = jax.jit(lambda p, codes: prior.apply(p, codes, codebook, method="see"))
+
+    @jax.jit
+    def draw(params, x, key):  # x [B, 1, width] -> the codes of its position [B, N]
+        def draw_slot(n, here):  # slots after n are still 0, and n does not see them
+            logits = prior.apply(params, x, here, codebook, method="tell")[:, 0, n]
+            drawn = jax.random.categorical(jax.random.fold_in(key, n), logits / temperature)
+            return here.at[:, 0, n].set(drawn)
+
+        return jax.lax.fori_loop(0, N, draw_slot, jnp.zeros((len(x), 1, N), jnp.int32))[:, 0]
+
+    codes, params = jnp.zeros(shape, jnp.int32), {"params": params}
+    for t in range(shape[1] * w):
+        x = context(params, codes)[:, t : t + 1]
+        codes = codes.at[:, t // w, t % w].set(draw(params, x, jax.random.fold_in(key, t)))
+        show(t + 1)
+    return codes

@@ -20,6 +20,7 @@ Letters, here and in the other files:
 Everything here is float32: in half precision distances overflow and neighbours merge.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,21 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient as sg
 
-
-class Quantized(NamedTuple):
-    """What `quantize` returns; the losses are means over every element of the field."""
-
-    z_q: jax.Array  # [B, h, w, N, D], with the straight-through gradient
-    codes: jax.Array  # [B, h, w, N]; of a trellis the rows: code + K or code + 0
-    codebook_loss: jax.Array
-    commitment_loss: jax.Array
-
-
-class EMA(NamedTuple):
-    """Appendix A.1: exponential averages, a batch, of how often a code is used and by what."""
-
-    count: jax.Array  # [S, K], N_i in the paper
-    total: jax.Array  # [S, K, D], m_i
+# The nearest code
 
 
 def nearest(z, codebook):
@@ -50,13 +37,8 @@ def nearest(z, codebook):
     |z - e|^2 without |z|^2, which is the same for every code: one matmul when lifted. Precision is
     asked for because a GPU would otherwise round it to ten bits and pick other codes than a CPU.
     """
-    return first_least(half_distances(z, codebook))
-
-
-def half_distances(z, codebook):
-    """Half of |z - e|^2 - |z|^2 for each code: z [D], codebook [K, D] -> [K]."""
-    along = jnp.dot(codebook, z, precision=jax.lax.Precision.HIGHEST)
-    return 0.5 * jnp.sum(codebook**2, -1) - along
+    along = jnp.dot(codebook, z, precision=jax.lax.Precision.HIGHEST)  # [K]
+    return first_least(0.5 * jnp.sum(codebook**2, -1) - along)
 
 
 def first_least(x):
@@ -70,25 +52,19 @@ def lookup(z_e, codebook):
 
     z_e [B, h, w, N, D] and codebook [S, K, D] -> codes [B, h, w, N], int32.
     """
-    codes = lift(nearest, z_e, codebook)  # [N, B h w]
-    return jnp.moveaxis(codes.reshape(-1, *z_e.shape[:-2]), 0, -1)  # [B, h, w, N]
-
-
-def lift(one, z_e, codebook):
-    """one(z [D], codebook [K, D]) over slots, positions and batch -> its results [N, B h w, ...].
-
-    z_e [B, h, w, N, D], codebook [S, K, D].
-    """
     N, D = z_e.shape[-2:]
     z = jnp.moveaxis(sg(z_e), -2, 0).reshape(N, -1, D)  # [N, B h w, D]
-    codebook = jnp.broadcast_to(sg(codebook), (N, *codebook.shape[1:]))
-    if jax.default_backend() != "cpu":
-        return jax.vmap(jax.vmap(one, (0, None)))(z, codebook)
+    books = jnp.broadcast_to(sg(codebook), (N, *codebook.shape[1:]))  # [N, K, D]
+    positions = jax.vmap(nearest, (0, None))
+    if jax.default_backend() == "cpu":  # slot by slot, 2048 vectors at a time: it stays in cache
 
-    def one_slot(pair):  # slot by slot, 2048 vectors at a time: the distances stay in cache
-        return jax.lax.map(lambda v: one(v, pair[1]), pair[0], batch_size=2048)
+        def one_slot(pair):
+            return jax.lax.map(lambda v: nearest(v, pair[1]), pair[0], batch_size=2048)
 
-    return jax.lax.map(one_slot, (z, codebook))
+        codes = jax.lax.map(one_slot, (z, books))
+    else:
+        codes = jax.vmap(positions)(z, books)  # [N, B h w]
+    return jnp.moveaxis(codes.reshape(N, *z_e.shape[:-2]), 0, -1)  # [B, h, w, N]
 
 
 def embed(codes, codebook):
@@ -97,83 +73,100 @@ def embed(codes, codebook):
     return codebook[slot, codes]
 
 
-def trellis_lookup(z_e, codebook):
-    """Trellis-coded quantisation (Marcellin and Fischer 1990): rows of two codebooks a slot.
-
-    z_e [B, h, w, N, D] and codebook [S, 2K, D] -> rows [B, h, w, N], int32. Row k + K a is code k
-    of book a, and which book a slot uses follows from the codes before it (`trellis_rows`): a code
-    costs log2 K bits as ever, while the search has 2K vectors to choose from. It is Viterbi's: the
-    rows whose distances sum to the least. Slot 0 has its nearest code of book 0, and steers
-    nothing.
-    """
-    N, K = z_e.shape[-2], codebook.shape[1] // 2
-    before, used = branches()
-
-    def best_of_quarters(z, codebook):  # a slot can use two of the quarters 2a + (k >= K / 2)
-        distances = half_distances(z, codebook).reshape(4, K // 2)
-        return first_least(distances), distances.min(-1)
-
-    def forward(cost, distance):  # [B h w, 8] and [B h w, 4]: the cheaper way into each state
-        ways = cost[:, before] + distance[:, used]  # [B h w, 8, 2]
-        return ways.min(-1), ways.argmin(-1)
-
-    def backward(state, way):
-        way = jnp.take_along_axis(way, state[:, None], 1)[:, 0]  # [B h w]
-        return before[state, way], used[state, way]
-
-    first = lookup(z_e[..., :1, :], codebook[:1, :K])
-    slots = codebook[1:] if len(codebook) == N else codebook
-    index, distance = lift(best_of_quarters, z_e[..., 1:, :], slots)  # [N - 1, B h w, 4]
-    start = jnp.where(jnp.arange(8) == 0, 0.0, jnp.inf)
-    cost, ways = jax.lax.scan(forward, jnp.broadcast_to(start, (index.shape[1], 8)), distance)
-    _, quarter = jax.lax.scan(backward, cost.argmin(-1), ways, reverse=True)  # [N - 1, B h w]
-    rows = quarter * (K // 2) + jnp.take_along_axis(index, quarter[..., None], -1)[..., 0]
-    rows = jnp.moveaxis(rows.reshape(-1, *z_e.shape[:-2]), 0, -1)  # [B, h, w, N - 1]
-    return jnp.concatenate([first, rows], -1)
-
-
-def trellis_rows(codes, K):
-    """The rows of trellis_lookup that codes stand for: [..., N] -> [..., N].
-
-    Ungerboeck's trellis of eight states (1982): with u = (code >= K / 2), book a_n of slot n is
-    u_{n-1} xor a_{n-2} xor a_{n-3}, from slot 2 on; before, it is 0.
-    """
-
-    def step(state, u):
-        a, b, c = state
-        return (b ^ u, c ^ a, a), a
-
-    u = jnp.moveaxis(jnp.asarray(codes) // (K // 2), -1, 0)[1:]
-    zeros = jnp.zeros_like(codes[..., 0])
-    _, book = jax.lax.scan(step, (zeros, zeros, zeros), u)  # [N - 1, ...]
-    return codes + K * jnp.moveaxis(jnp.concatenate([zeros[None], book]), 0, -1)
-
-
-def branches():
-    """The trellis of trellis_rows as the two ways into each state a + 2b + 4c: [8, 2] twice.
-
-    First the state that a way comes from, then the quarter 2a + u of the rows that it uses.
-    """
-    ways = [[] for _ in range(8)]
-    for state, u in np.ndindex(8, 2):
-        a, b, c = state & 1, state >> 1 & 1, state >> 2
-        ways[(b ^ u) + 2 * (c ^ a) + 4 * a].append((state, 2 * a + u))
-    return jnp.moveaxis(jnp.array(ways), -1, 0)
+# How the gradient passes it. Both return e; they differ in what reaches the encoder.
 
 
 def straight_through(z_e, e):
-    """z_q: the value of e, the gradient of z_e (section 3.2). Exactly e, not z_e + (e - z_e)."""
+    """The gradient of z_q goes to z_e unchanged (section 3.2). Exactly e, not z_e + (e - z_e)."""
     return sg(e) + (z_e - sg(z_e))
 
 
-# name -> (search: z_e, codebook -> rows of it; codebooks of K a slot; codes, K -> rows)
+def rotation(z_e, e):
+    """The gradient turns with the vector: z_q = |e| / |z_e| R z_e, R and the ratio held constant.
+
+    R = I - 2 r r^T + 2 e z^T, of unit vectors e, z and r along e + z, turns z_e onto e. The
+    rotation trick, Fifty et al. 2025 (arXiv 2410.06424): not in the paper.
+    """
+    length = jnp.linalg.norm(z_e, axis=-1, keepdims=True) + 1e-6
+    ratio = jnp.linalg.norm(e, axis=-1, keepdims=True) / length
+    z_unit, e_unit = sg(z_e / length), sg(e / (ratio * length + 1e-6))
+    r = z_unit + e_unit
+    r = sg(r / (jnp.linalg.norm(r, axis=-1, keepdims=True) + 1e-6))
+    turned = z_e - 2 * jnp.sum(z_e * r, -1, keepdims=True) * r
+    turned = sg(ratio) * (turned + 2 * jnp.sum(z_e * z_unit, -1, keepdims=True) * e_unit)
+    return sg(e) + (turned - sg(turned))
+
+
+GRADIENTS = {"straight-through": straight_through, "rotation": rotation}
+
+
+# Kinds of quantiser
+
+
+def init_codebook(key, S, K, D):
+    """Uniform within sqrt(3 / D), so that a code is about one unit long: [S, K, D]."""
+    limit = (3 / D) ** 0.5
+    return jax.random.uniform(key, (S, K, D), minval=-limit, maxval=limit)
+
+
+class Quantizer(NamedTuple):
+    """What a kind of quantiser consists of; by default the paper's."""
+
+    search: Callable = lookup  # z_e [B, h, w, N, D], codebook [S, K, D] -> codes [B, h, w, N]
+    start: Callable = init_codebook  # key, S, K, D -> codebook [S, K, D]
+    bound: Callable = lambda z_e: z_e  # what keeps z_e within the codebook, elementwise
+    learns: bool = True  # whether the codebook does, by its loss or by EMA
+    refuses: Callable = lambda K, D: ""  # K, D -> what is wrong with them, or nothing
+
+
+# Finite scalar quantisation, Mentzer et al. 2023 (arXiv 2309.15505): the codebook is a fixed grid
+# of K = L^D points in (-1, 1)^D, so its search is rounding. tanh bounds z_e.
+
+
+def fsq_levels(K, D):
+    """L, points of the grid along each dimension."""
+    return round(K ** (1 / D))
+
+
+def fsq_grid(key, S, K, D):
+    """The grid as a codebook [S, K, D]: the middles of L equal cells along each dimension."""
+    L = fsq_levels(K, D)
+    digits = np.stack(np.unravel_index(np.arange(K), (L,) * D), -1)  # [K, D]
+    return jnp.broadcast_to(jnp.float32((2 * digits + 1) / L - 1), (S, K, D))
+
+
+def fsq_search(z_e, codebook):
+    """The code whose cell z_e lies in: [B, h, w, N, D] -> [B, h, w, N]."""
+    K, D = codebook.shape[1:]
+    L = fsq_levels(K, D)
+    digits = jnp.clip(jnp.floor((sg(z_e) + 1) / 2 * L), 0, L - 1).astype(jnp.int32)
+    return digits @ L ** jnp.arange(D - 1, -1, -1)
+
+
+def fsq_refuses(K, D):
+    """K has to be L^D with an L of 2 or more."""
+    L = fsq_levels(K, D)
+    good = L >= 2 and L**D == K
+    fits = [d for d in range(1, 17) if fsq_levels(K, d) >= 2 and fsq_levels(K, d) ** d == K]
+    return "" if good else f"fsq needs K = L^D: for --K {K} give --D {' or '.join(map(str, fits))}"
+
+
 QUANTIZERS = {
-    "nearest": (lookup, 1, lambda codes, K: codes),
-    "trellis": (trellis_lookup, 2, trellis_rows),
+    "vq": Quantizer(),
+    "fsq": Quantizer(fsq_search, fsq_grid, jnp.tanh, False, fsq_refuses),
 }
 
 
-def quantize(z_e, codebook, search=lookup):
+class Quantized(NamedTuple):
+    """What `quantize` returns; the losses are means over every element of the field."""
+
+    z_q: jax.Array  # [B, h, w, N, D], with a gradient to z_e
+    codes: jax.Array  # [B, h, w, N]
+    codebook_loss: jax.Array
+    commitment_loss: jax.Array
+
+
+def quantize(z_e, codebook, search=lookup, gradient=straight_through):
     """z_q, codes and both losses of eq. 3: z_e [B, h, w, N, D], codebook [S, K, D] -> Quantized.
 
     The losses are means over B, h, w, N and D, as in DeepMind's example. The paper averages over
@@ -183,11 +176,14 @@ def quantize(z_e, codebook, search=lookup):
     codes = search(z_e, codebook)
     e = embed(codes, codebook)
     return Quantized(
-        z_q=straight_through(z_e, e),
+        z_q=gradient(z_e, e),
         codes=codes,
         codebook_loss=jnp.mean((sg(z_e) - e) ** 2),
         commitment_loss=jnp.mean((z_e - sg(e)) ** 2),
     )
+
+
+# How often codes are used
 
 
 def usage(codes, S, K):
@@ -202,22 +198,14 @@ def perplexity(counts):
     return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), -1))
 
 
-def init_codebook(key, S, K, D):
-    """Uniform within sqrt(3 / D), so that a code is about one unit long: [S, K, D]."""
-    limit = (3 / D) ** 0.5
-    return jax.random.uniform(key, (S, K, D), minval=-limit, maxval=limit)
+# Codebooks that learn by averages, not by gradient
 
 
-def draw(key, z_e, S, K):
-    """K encoder outputs for each codebook, drawn at random: z_e [B, h, w, N, D] -> [S, K, D].
+class EMA(NamedTuple):
+    """Appendix A.1: exponential averages, a batch, of how often a code is used and by what."""
 
-    One in each K-th of the outputs, so that none is drawn twice and nothing needs sorting.
-    """
-    N, D = z_e.shape[-2:]
-    outputs = jnp.moveaxis(sg(z_e).reshape(-1, N, D), 1, 0).reshape(S, -1, D)  # [S, B h w N/S, D]
-    edge = np.arange(K + 1) * outputs.shape[1] // K
-    place = edge[:-1] + jax.random.uniform(key, (S, K)) * np.diff(edge)  # [S, K]
-    return jax.vmap(lambda z, i: z[i])(outputs, place.astype(int))
+    count: jax.Array  # [S, K], N_i in the paper
+    total: jax.Array  # [S, K, D], m_i
 
 
 def ema_init(codebook):
@@ -243,6 +231,18 @@ def ema_update(ema, codebook, z_e, codes, gamma):
     return EMA(count, total), jnp.where(seen, mean, codebook)
 
 
+def draw(key, z_e, S, K):
+    """K encoder outputs for each codebook, drawn at random: z_e [B, h, w, N, D] -> [S, K, D].
+
+    One in each K-th of the outputs, so that none is drawn twice and nothing needs sorting.
+    """
+    N, D = z_e.shape[-2:]
+    outputs = jnp.moveaxis(sg(z_e).reshape(-1, N, D), 1, 0).reshape(S, -1, D)  # [S, B h w N/S, D]
+    edge = np.arange(K + 1) * outputs.shape[1] // K
+    place = edge[:-1] + jax.random.uniform(key, (S, K)) * np.diff(edge)  # [S, K]
+    return jax.vmap(lambda z, i: z[i])(outputs, place.astype(int))
+
+
 def restart(key, ema, codebook, z_e, threshold):
     """Codes used fewer than `threshold` times a batch move onto random encoder outputs.
 
@@ -256,12 +256,12 @@ def restart(key, ema, codebook, z_e, threshold):
     return EMA(count, total), jnp.where(dead[..., None], fresh, codebook)
 
 
-def kmeans(key, z_e, S, K, search=lookup, rounds=6):
+def kmeans(key, z_e, S, K, rounds=6):
     """Codebooks [S, K, D] by k-means of z_e [n, h, w, N, D]. A round is an EMA step of gamma 0."""
 
     @jax.jit
     def one_round(key, e, z_e):  # an argument: XLA would compute with a constant while it compiles
-        ema, e = ema_update(ema_init(e), e, z_e, search(z_e, e), 0.0)
+        ema, e = ema_update(ema_init(e), e, z_e, lookup(z_e, e), 0.0)
         return restart(key, ema, e, z_e, 0.5)[1]
 
     e = jax.jit(draw, static_argnums=(2, 3))(key, z_e, S, K)

@@ -1,32 +1,37 @@
-"""Trains, measures and shows a VQ-VAE: the loop, the evaluation, the pictures, the command line.
+"""Trains, measures and shows a VQ-VAE: the step, the loop, evaluation, a prior, the command line.
 
-    python train.py                      as many latents as the paper's, a better start; for a CPU
-        --likelihood logistic --K 1024   the same, to be held against 4.67: colours independent
-    python train.py --preset paper       8x8x10 latents; published: 4.67 bits/dim
-    python train.py --preset notebook    8x8x1 latents; published: normalised MSE .056
+    python train.py                      `fast` on a CPU; on a GPU `paper` with the start of `fast`
+    python train.py --preset paper       section 4.1 as it stands; published: 4.67 bits/dim
+    python train.py --preset notebook    DeepMind's example; published: normalised MSE .056
+    python train.py --prior runs/fast-1  a prior over that run's codes, and samples
 
 What each costs and gives is in README.md, measured. The loss is eq. 3 of the paper (quantize.py):
 
     -log p(x | z_q) + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2
 
 its first term a mean over the 3072 colour values (in nats), the others over the elements of z_e.
-Order of the file: configuration, one step, measuring, pictures, checkpoints, the run, errors.
+Order of the file: configuration, the step, the loop, measuring, the prior, pictures, what a run
+leaves on disk, what it prints, the command line.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
-import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import resource
 import signal
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +40,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import data
@@ -44,20 +48,19 @@ import quantize
 
 SHOWN = 16  # test images in the pictures
 START_IMAGES = 4000  # what a data-dependent start looks at
+UNIGRAM_IMAGES = 10_000  # training images whose codes the unigram prior counts
 EVAL_BATCH = 100
 PIXELS = 32 * 32 * 3  # what bits/dim divides by
 
 
-class UsageError(Exception):
-    """The command line asks for something that cannot be: exit code 2."""
+class Stop(Exception):
+    """Ends the program: an exit code and a sentence. 1: it cannot go on. 2: a wrong command.
+
+    128 + signal: a signal ended the run, nothing lost.
+    """
 
 
-class RunError(Exception):
-    """The run cannot go on: exit code 1."""
-
-
-class Interrupted(Exception):
-    """A signal ended the run after its checkpoint was written: exit code 128 + signal."""
+# Configuration
 
 
 def flag(default, text, choices=None, low=None, high=None):
@@ -67,20 +70,30 @@ def flag(default, text, choices=None, low=None, high=None):
 
 
 TINY = 1e-12  # stands for "above zero"
-
+DTYPES, INITS = ["auto", "float32", "bfloat16"], ["random", "data", "pca"]
 
 # What each preset has other than the defaults of Config, which are those of `paper`.
 PRESETS = {
     "paper": {},
     "fast": {
-        "net": "transform", "hidden": 128, "residual": 32, "D": 6, "likelihood": "colours",
-        "quantizer": "trellis", "codebook": "ema", "gamma": 0.98, "restart": 0.05, "init": "pca",
-        "lr": 6e-4, "warmup": 200, "decay": 0.7, "batch": 64, "steps": 5_000, "flip": True,
+        "hidden": 128, "residual": 32, "D": 8, "likelihood": "logistic", "init": "pca",
+        "codebook": "ema", "restart": 0.5, "beta": 16.0, "lr": 1e-3, "warmup": 100, "decay": 0.7,
+        "batch": 32, "steps": 7_500, "flip": True,
     },
     "notebook": {
-        "slots": 1, "hidden": 128, "residual": 32, "net": "deepmind", "likelihood": "gaussian",
+        "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
         "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
     },
+    "prior": {"lr": 1e-3, "warmup": 200, "decay": 0.8, "batch": 32, "steps": 4_000},
+}  # fmt: skip
+
+# What a preset is after, where that number comes from, and how long it takes.
+ABOUT = {
+    "paper": ("4.67 bits/dim (arXiv 1711.00937, section 4.1)", "hours on a GPU, weeks on a CPU"),
+    "fast": ("4.67 bits/dim (arXiv 1711.00937)", "12 minutes of training on 2 cores"),
+    "notebook": ("normalised MSE .056 (DeepMind's notebook, on training batches)",
+                 "10 minutes on 2 cores"),
+    "prior": ("fewer bits for the codes than under a unigram prior", "20 minutes on 2 cores"),
 }  # fmt: skip
 
 
@@ -88,113 +101,93 @@ PRESETS = {
 class Config:
     """One field, one flag. The defaults are the paper's (section 4.1)."""
 
-    preset: str = flag("fast", "where the other defaults come from", list(PRESETS))
-    dataset: str = flag("cifar10", "images to train on", list(data.DATASETS))
+    # Of every run:
+    preset: str = flag("", "where the other defaults come from (no preset: see above)", [*PRESETS])
     data_dir: str = flag("data", "folder with CIFAR-10, or to fetch it into")
+    lr: float = flag(2e-4, "Adam's learning rate", None, TINY, 1e3)
+    warmup: int = flag(0, "steps over which lr rises from 0", None, 0, 10**9)
+    decay: float = flag(0.0, "last part of the run: lr and 1 - gamma fall to 0", None, 0.0, 1.0)
+    batch: int = flag(128, "images a step", None, 1, 10**9)
+    steps: int = flag(250_000, "length of the run", None, 1, 10**9)
+    seed: int = flag(0, "of the weights and of the order of the images", None, 0, 2**31 - 1)
+    dtype: str = flag("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", DTYPES)
+    out: str = flag("", "folder of the run (default: runs/PRESET-1, -2, ...)")
+    log_every: int = flag(100, "steps between two lines of the log", None, 1, 10**9)
+    checkpoint_minutes: float = flag(5.0, "between two checkpoints", None, TINY, 1e6)
+    # Of a VQ-VAE:
+    dataset: str = flag("cifar10", "images to train on", [*data.DATASETS])
     val: bool = flag(False, "measure on the last tenth of the training images, held out")
     flip: bool = flag(False, "mirror half of the training images")
-    slots: int = flag(10, "N, latents at each of the 8x8 positions", low=1, high=1024)
-    K: int = flag(512, "codes in a codebook", low=2, high=65536)
-    D: int = flag(64, "length of a code", low=1, high=4096)
+    net: str = flag("paper", "section 4.1's networks or DeepMind's example's", [*model.NETS])
+    hidden: int = flag(256, "channels of the networks", None, 2, 8192)
+    residual: int = flag(256, "channels inside a residual block", None, 1, 8192)
+    blocks: int = flag(2, "residual blocks on each side", None, 0, 100)
+    slots: int = flag(10, "N, latents at each of the 8x8 positions", None, 1, 1024)
+    K: int = flag(512, "codes in a codebook", None, 2, 65536)
+    D: int = flag(64, "length of a code", None, 1, 4096)
     shared: bool = flag(False, "one codebook for all slots instead of one each")
-    hidden: int = flag(256, "channels of the networks", low=2, high=8192)
-    residual: int = flag(256, "channels inside a residual block", low=1, high=8192)
-    blocks: int = flag(2, "residual blocks on each side", low=0, high=100)
-    net: str = flag("paper", "section 4.1's networks, DeepMind's example's, or transform",
-                    list(model.NETS))  # fmt: skip
-    likelihood: str = flag("categorical", "p(x | z_q)", list(model.LIKELIHOODS))
-    quantizer: str = flag("nearest", "which codes replace z_e: the nearest, or the best sequence "
-                          "of a trellis", list(quantize.QUANTIZERS))  # fmt: skip
+    likelihood: str = flag("categorical", "p(x | z_q)", [*model.LIKELIHOODS])
+    init: str = flag("random", "start: random, codes from data, all of it a patch quantiser", INITS)
+    quantizer: str = flag("vq", "how z_e becomes codes", [*quantize.QUANTIZERS])
+    gradient: str = flag("straight-through", "how it passes the codebook", [*quantize.GRADIENTS])
     codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
-    gamma: float = flag(0.99, "EMA: weight of the past", low=0.0, high=1 - 1e-9)
-    restart: float = flag(0.0, "EMA: move codes used less a batch than this", low=0.0, high=1e6)
-    init: str = flag("random", "start: random; codebook from the first batch (data); or fitted "
-                     "transform (pca)", ["random", "data", "pca"])  # fmt: skip
-    beta: float = flag(0.25, "weight of the commitment loss", low=0.0, high=1e6)
-    lr: float = flag(2e-4, "Adam's learning rate", low=TINY, high=1e3)
-    warmup: int = flag(0, "steps over which lr rises from 0", low=0)
-    decay: float = flag(0.0, "last part of the run, over which lr and 1 - gamma fall linearly to 0",
-                        low=0.0, high=1.0)  # fmt: skip
-    batch: int = flag(128, "images a step", low=1)
-    steps: int = flag(250_000, "length of the run", low=1, high=10**9)
-    seed: int = flag(0, "of the weights and of the order of the images", low=0, high=2**31 - 1)
-    dtype: str = flag("auto", "of the activations; auto: bfloat16 on a GPU, float32 on a CPU",
-                      ["auto", "float32", "bfloat16"])  # fmt: skip
-    out: str = flag("", "folder of the run (default: runs/PRESET-1, -2, ...)")
-    log_every: int = flag(100, "steps between two lines of the log", low=1)
-    checkpoint_minutes: float = flag(5.0, "between two checkpoints", low=TINY, high=1e6)
+    gamma: float = flag(0.99, "EMA: weight of the past", None, 0.0, 1 - 1e-9)
+    restart: float = flag(0.0, "EMA: move codes used less a batch than this", None, 0.0, 1e6)
+    beta: float = flag(0.25, "weight of the commitment loss", None, 0.0, 1e6)
+    # Of a prior:
+    width: int = flag(256, "prior: channels of its transformer", None, 2, 8192)
+    layers: int = flag(4, "prior: blocks of its transformer", None, 1, 100)
+    heads: int = flag(4, "prior: attention heads", None, 1, 1024)
+    dropout: float = flag(0.0, "prior: part of the activations dropped", None, 0.0, 0.9)
+    temperature: float = flag(1.0, "prior: of its samples", None, TINY, 100.0)
+    count: int = flag(64, "prior: samples in a grid", None, 1, 10_000)
 
 
-# What a preset is after, and where that number comes from.
-PUBLISHED = {
-    "fast": "4.67 bits/dim (arXiv 1711.00937, colours independent given z_q)",
-    "paper": "4.67 bits/dim (arXiv 1711.00937, section 4.1)",
-    "notebook": "normalised MSE .056, perplexity 326 (DeepMind's notebook, on training batches)",
-}
+NAMES = [f.name for f in dataclasses.fields(Config)]
+OF_PRIOR = NAMES[NAMES.index("width") :]
+OF_VQVAE = NAMES[NAMES.index("dataset") : NAMES.index("width")]
 
 
-def parse(argv):
-    """Command line -> overrides of Config, then what --resume, --eval and --distributed say."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(f"{message}; python train.py --help lists the flags.")
-
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        if f.metadata["choices"]:
-            kind["choices"] = f.metadata["choices"]
-        changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
-        text = f"{f.metadata['help']} (default: {', '.join([str(f.default) or '-', *changed])})"
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-    parser.add_argument("--resume", metavar="RUN", help="continue this run")
-    parser.add_argument("--eval", metavar="RUN", help="measure this run again")
-    parser.add_argument(
-        "--distributed", nargs="?", const="auto", metavar="HOST:PORT,COUNT,INDEX",
-        help="train on several machines; SLURM and Open MPI need no value",
-    )  # fmt: skip
-    overrides = vars(parser.parse_args(argv))
-    resume, again, join = (overrides.pop(name) for name in ("resume", "eval", "distributed"))
-    if "" in (resume, again) or (resume and again):
-        raise UsageError("give one run folder to --resume or --eval, such as --eval runs/paper-1.")
-    if again and set(overrides) - {"data_dir"}:
-        raise UsageError("--eval takes its settings from the run: only --data_dir goes beside it.")
-    if join and (again or not (resume or overrides.get("out"))):
-        raise UsageError("--distributed needs --out or --resume: process I writes to OUT-I.")
-    return overrides, resume, again, join
+def configure(flags):
+    """Config from a preset and what the command line changes; raises Stop for nonsense."""
+    if "preset" not in flags:
+        on_gpu = {"preset": "paper", "init": "pca"}
+        flags = {**({"preset": "fast"} if jax.default_backend() == "cpu" else on_gpu), **flags}
+    config = Config(**{**PRESETS[flags["preset"]], **flags})
+    for name in ("gamma", "restart"):
+        if config.codebook != "ema" and name in flags:
+            raise Stop(2, f"--{name} belongs to the EMA codebook: add --codebook ema.")
+    return check(config)
 
 
-def configure(overrides):
-    """Config from a preset and what the command line changes; raises UsageError for nonsense."""
-    preset = overrides.get("preset", Config.preset)
-    config = Config(**{**PRESETS[preset], **overrides})
+def check(config):
+    """The same Config; raises Stop, naming the flag, for values that make no sense together."""
     for f in dataclasses.fields(Config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if f.type is float and not math.isfinite(value):
-            raise UsageError(f"--{f.name} {value} is not a number: give a finite one.")
-        if low is not None and value < low:
-            bound = "above 0" if low == TINY else f"at least {low}"
-            raise UsageError(f"--{f.name} {value} is too small: it must be {bound}.")
-        if high is not None and value > high:
-            bound = "below 1" if f.name == "gamma" else f"at most {high}"
-            raise UsageError(f"--{f.name} {value} is too large: it must be {bound}.")
-    for name in ("gamma", "restart"):
-        if config.codebook != "ema" and name in overrides:
-            raise UsageError(f"--{name} belongs to the EMA codebook: add --codebook ema.")
-    if (config.init == "pca") != (config.net == "transform"):
-        raise UsageError("--net transform is fitted by --init pca, and only that: give both.")
-    if config.init == "pca" and config.shared:
-        raise UsageError("--init pca makes a codebook for each slot: leave --shared out.")
-    if config.quantizer == "trellis" and (config.K % 2 or config.slots == 1):
-        raise UsageError("--quantizer trellis needs an even --K, and --slots 2 or more.")
-    if config.net == "transform" and config.D < model.BANDS:
-        raise UsageError(f"--net transform needs --D {model.BANDS}, its gains, or more.")
-    if config.init == "pca" and config.likelihood not in ("logistic", "colours"):
-        raise UsageError("--init pca sets means and scales: --likelihood logistic or colours.")
+        if low is not None and not low <= value <= high:  # nan is not, either
+            raise Stop(2, f"--{f.name} {value} makes no sense: it goes from {low} to {high}.")
+    if wrong := quantize.QUANTIZERS[config.quantizer].refuses(config.K, config.D):
+        raise Stop(2, f"--quantizer {wrong}.")
+    if config.init == "pca" and config.hidden < model.ROOM:
+        raise Stop(2, f"--init pca needs --hidden {model.ROOM} or more, not {config.hidden}.")
+    if config.init == "pca" and not model.LIKELIHOODS[config.likelihood].start:
+        raise Stop(2, f"--likelihood {config.likelihood} has no start: give --init random.")
+    if config.width % config.heads:
+        raise Stop(2, f"--width {config.width} must be a multiple of --heads {config.heads}.")
     if not config.data_dir:
-        raise UsageError('--data_dir "" names no folder: give one, such as --data_dir data.')
+        raise Stop(2, '--data_dir "" names no folder: give one, such as --data_dir data.')
     return config
+
+
+def build(config):
+    """The network that a configuration describes: model.VQVAE, or model.Prior."""
+    cpu = jax.default_backend() == "cpu"
+    dtype = {"auto": "float32" if cpu else "bfloat16"}.get(config.dtype, config.dtype)
+    kind = model.Prior if config.preset == "prior" else model.VQVAE
+    return kind(config, dtype=jnp.dtype(dtype))
+
+
+# The step
 
 
 class TrainState(NamedTuple):
@@ -206,16 +199,50 @@ class TrainState(NamedTuple):
     ema: Any  # quantize.EMA, or () where the codebook learns by gradient
 
 
-def build(config):
-    """The network that a configuration describes: model.VQVAE."""
-    cpu = jax.default_backend() == "cpu"
-    dtype = {"auto": "float32" if cpu else "bfloat16"}.get(config.dtype, config.dtype)
-    same = ("net", "hidden", "residual", "blocks", "slots", "K", "D", "shared", "quantizer")
-    return model.VQVAE(
-        **{name: getattr(config, name) for name in same},
-        outputs=model.LIKELIHOODS[config.likelihood][0],
-        dtype=jnp.dtype(dtype),
+class Task(NamedTuple):
+    """What the loop trains: a VQ-VAE on images, or a prior on their codes."""
+
+    examples: Any  # [n, ...]; a batch of them goes to each step
+    init: Callable  # () -> TrainState before step 1
+    like: TrainState  # shapes of the same, for a checkpoint to be read into
+    train_step: Callable  # state, batch -> state, metrics
+    measure: Callable  # params, log -> metrics, {file name: function that makes the figure}
+
+
+def vqvae_task(config):
+    """The Task of training a VQ-VAE; loads the images."""
+    dataset, net = data.load(config.dataset, config.data_dir, config.val), build(config)
+
+    def init():
+        size = max(config.batch, START_IMAGES)
+        first = data.order(config.seed, len(dataset.train), size, 0, 1)[0]
+        return init_state(config, net, dataset.train[first])
+
+    return Task(
+        examples=dataset.train,
+        init=init,
+        like=jax.eval_shape(lambda: init_state(config, net, None)),
+        train_step=make_train_step(config, net, dataset.variance()),
+        measure=lambda params, log: measure_vqvae(config, net, params, dataset, log),
     )
+
+
+def init_state(config, net, images):
+    """TrainState before step 1; images uint8 [n, 32, 32, 3] are those of the first steps.
+
+    None for the images leaves out what depends on the data, for a state of the same shapes.
+    """
+    key = jax.random.key(config.seed, impl="rbg")  # the default one takes seconds more to compile
+    params = jax.jit(net.init)(key, np.zeros((1, 32, 32, 3), np.uint8))["params"]
+    start, key = "random" if images is None else config.init, jax.random.fold_in(key, 1)
+    if start == "data":
+        first = images[: config.batch]
+        z_e = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, first)
+        params["codebook"] = quantize.draw(key, z_e, *params["codebook"].shape[:2])
+    if start == "pca":
+        params = model.pca_start(config, params, images, key)
+    ema = quantize.ema_init(params["codebook"]) if config.codebook == "ema" else ()
+    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(config).init)(params), ema)
 
 
 def fall(config, step):
@@ -233,35 +260,17 @@ def make_optimizer(config):
     return optax.adam(schedule)
 
 
-def init_state(config, net, images):
-    """TrainState before step 1; images uint8 [n, 32, 32, 3] are those of the first steps.
-
-    None for the images leaves out what depends on the data, for a state of the same shapes.
-    """
-    key = jax.random.key(config.seed, impl="rbg")  # the default one takes seconds more to compile
-    params = jax.jit(net.init)(key, np.zeros((1, 32, 32, 3), np.uint8))["params"]
-    S, K, _ = params["codebook"].shape
-    start = "random" if images is None else config.init
-    if start == "data":
-        first = images[: config.batch]
-        z_e = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, first)
-        params["codebook"] = quantize.draw(jax.random.fold_in(key, 1), z_e, S, K)
-    if start == "pca":
-        params = model.transform_start(net, params, images, jax.random.fold_in(key, 1))
-    ema = quantize.ema_init(params["codebook"]) if config.codebook == "ema" else ()
-    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(config).init)(params), ema)
-
-
 def make_train_step(config, net, variance):
     """The update: `state, metrics = train_step(state, images)`, images uint8 [B, 32, 32, 3]."""
-    _, likelihood, exact = model.LIKELIHOODS[config.likelihood]
+    likelihood = model.LIKELIHOODS[config.likelihood]
+    learns = quantize.QUANTIZERS[config.quantizer].learns
     optimizer = make_optimizer(config)
 
     def loss_fn(params, images):
         outputs, z_e, q = net.apply({"params": params}, images)
-        reconstruction = likelihood(outputs, images, variance)[0].mean()
+        reconstruction = likelihood.loss(outputs, images, variance)[0].mean()
         loss = reconstruction + config.beta * q.commitment_loss
-        if config.codebook == "gradient":  # under EMA the average below replaces this term
+        if learns and config.codebook == "gradient":  # an EMA replaces this term
             loss = loss + q.codebook_loss
         return loss, (reconstruction, z_e, q)
 
@@ -275,20 +284,20 @@ def make_train_step(config, net, variance):
         )
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params, ema = optax.apply_updates(state.params, updates), state.ema
-        if config.codebook == "ema":  # the codebook's own gradient was zero
+        if learns and config.codebook == "ema":  # the codebook's own gradient was zero
             gamma = 1 - (1 - config.gamma) * fall(config, state.step)
             ema, e = quantize.ema_update(ema, params["codebook"], z_e, q.codes, gamma)
             if config.restart:
                 ema, e = quantize.restart(key, ema, e, z_e, config.restart)
             params = {**params, "codebook": e}
-        S, K = len(params["codebook"]), config.K
+        S, K, _ = params["codebook"].shape
         bits = reconstruction / math.log(2) + code_bits(config)
         metrics = {
             "loss": loss,
-            **({"bits_per_dim": bits} if exact else {"nmse": reconstruction}),
+            **({"bits_per_dim": bits} if likelihood.exact else {"nmse": reconstruction}),
             "codebook_loss": q.codebook_loss,
             "commitment_loss": q.commitment_loss,
-            "perplexity": quantize.perplexity(quantize.usage(q.codes % K, S, K)).mean(),
+            "perplexity": quantize.perplexity(quantize.usage(q.codes, S, K)).mean(),
             "grad_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + 1, params, opt, ema), metrics
@@ -301,19 +310,73 @@ def code_bits(config):
     return 64 * config.slots * math.log2(config.K) / PIXELS
 
 
-def make_train_steps(train_step):
-    """Many steps in one launch: state, images [n, 32, 32, 3], index [count, batch] -> the same.
+# The loop
 
-    The images live on the device, so a launch needs only indices. A GPU scans. A CPU unrolls (and
+
+class Progress(NamedTuple):
+    """What a checkpoint holds: the state, the log, the metrics since its last line, the clock."""
+
+    state: TrainState
+    log: list  # of dicts, the lines of log.jsonl
+    pending: dict  # name -> float32 [steps since the last line]
+    seconds: float
+    compile_seconds: float
+
+
+def train(config, task, progress, out):
+    """The loop: from `progress` to the last step, or to a signal. Returns the last Progress."""
+    whole, split = placements(config)
+    examples, state = jax.device_put((task.examples, progress.state), whole)
+    train_steps, compiled = make_train_steps(task.train_step), {}
+    launch = 1 if jax.default_backend() == "cpu" else config.log_every
+    step, saved, waiting = int(state.step), time.monotonic(), []
+    with signals() as caught, bar("training", config.steps, step) as show:
+        clock = time.perf_counter()
+        while step < config.steps:
+            to_log = config.log_every - step % config.log_every
+            count = min(launch, to_log, config.steps - step)
+            order = data.order(config.seed, len(task.examples), config.batch, step, count)
+            index = jax.device_put(order, split)
+            if count not in compiled:
+                show(step, "compiling the step")
+                start = time.perf_counter()
+                compiled[count] = train_steps.lower(state, examples, index).compile()
+                took = time.perf_counter() - start
+                progress = progress._replace(compile_seconds=progress.compile_seconds + took)
+                clock += took  # off the clock
+            state, metrics = compiled[count](state, examples, index)
+            waiting.append(metrics)
+            step += count
+
+            logs = step % config.log_every == 0 or step == config.steps
+            due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+            if logs or due or caught:
+                progress, waiting = collect(progress, state, waiting, clock), []
+                check_finite(config, progress.pending, step)
+                progress = write_log(out, step, progress) if logs else progress
+                if due or caught or step == config.steps:
+                    survive(lambda p=progress: save_checkpoint(out, p, config), "the checkpoint")
+                    saved = time.monotonic()
+                clock = time.perf_counter()
+            show(step, describe(progress.log[-1]) if progress.log else "")
+            if caught:
+                raise Stop(128 + caught[0], f"stopped after step {step:,}; go on: --resume {out}")
+    return progress
+
+
+def make_train_steps(train_step):
+    """Many steps in one launch: state, examples [n, ...], index [count, batch] -> the same.
+
+    The examples live on the device, so a launch needs only indices. A GPU scans. A CPU unrolls (and
     gets one step a launch), because XLA's convolutions are many times slower inside a loop.
     """
 
-    def train_steps(state, images, index):
+    def train_steps(state, examples, index):
         if jax.default_backend() != "cpu":
-            return jax.lax.scan(lambda s, i: train_step(s, images[i]), state, index)
+            return jax.lax.scan(lambda s, i: train_step(s, examples[i]), state, index)
         metrics = []
         for i in index:
-            state, last = train_step(state, images[i])
+            state, last = train_step(state, examples[i])
             metrics.append(last)
         return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
 
@@ -339,47 +402,93 @@ def compiler_options():
     return XLA_OPTIONS
 
 
-def matmul_rate(config, net):
-    """Operations a second of square matmuls in the dtype of the activations, on all devices."""
-    side = 1024 if jax.default_backend() == "cpu" else 8192
-    x, multiply = jnp.ones((side, side), net.dtype), jax.jit(jnp.matmul)
-    multiply(x, x).block_until_ready()
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        multiply(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds) * device_count(config)
+def placements(config):
+    """How arrays lie on the devices: whole on each, or [count, batch] split over the batch."""
+    devices = jax.devices()[: math.gcd(config.batch, jax.device_count())]
+    mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "batch"))
+
+
+def collect(progress, state, waiting, clock):
+    """Progress with the metrics of the last launches, for which it waits, and their seconds."""
+    fetched = jax.device_get(waiting)
+    names = fetched[0] if fetched else progress.pending
+    pending = {
+        name: np.concatenate([progress.pending.get(name, []), *(m[name] for m in fetched)])
+        for name in names
+    }
+    seconds = progress.seconds + time.perf_counter() - clock
+    return progress._replace(state=state, pending=pending, seconds=seconds)
+
+
+def check_finite(config, pending, step):
+    """Raise Stop with the step and the terms that are no longer finite numbers."""
+    bad = np.array([~np.isfinite(values) for values in pending.values()])  # [terms, steps]
+    if bad.any():
+        first = bad.any(0).argmax()
+        names = ", ".join(np.array([*pending])[bad[:, first]])
+        text = f"step {step - bad.shape[1] + first + 1}: {names} is no longer a finite number. "
+        raise Stop(1, f"{text}The last checkpoint stands. Try --lr {config.lr / 3:.1g}.")
+
+
+def write_log(out, step, progress):
+    """Progress with one more line in its log, the means since the last one; and log.jsonl."""
+    before = progress.log[-1] if progress.log else {"step": 0, "seconds": 0.0}
+    ms = 1e3 * (progress.seconds - before["seconds"]) / (step - before["step"])
+    line = {name: float(np.mean(values)) for name, values in progress.pending.items()}
+    line = {"step": step, **line, "ms_per_step": ms, "seconds": progress.seconds}
+    log = [*progress.log, line]
+    lines = "".join(json.dumps(line) + "\n" for line in log)
+    survive(lambda: (out / "log.jsonl").write_text(lines), "the log")
+    return progress._replace(log=log, pending={})
+
+
+@contextlib.contextmanager
+def signals():
+    """Yields a list that the first signal to stop is put into; a second one stops at once."""
+    caught, before = [], {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, frame):
+        caught.append(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a run goes on
+                before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+# Measuring
 
 
 def evaluate(config, net, params, dataset):
-    """Metrics over every image of `dataset.test`, code counts [N, K], reconstructions of a few.
+    """Metrics over every image of `dataset.test`, their codes, reconstructions of the first few.
 
     bits/dim = [-sum log2 p(x_i | z_q) + 64 N log2 K] / 3072, None where there is no likelihood.
     """
-    _, likelihood, exact = model.LIKELIHOODS[config.likelihood]
-    variance = dataset.variance()
+    likelihood, variance = model.LIKELIHOODS[config.likelihood], dataset.variance()
 
     @jax.jit
     def measure(params, images):
         outputs, _, q = net.apply({"params": params}, images)
-        nll, shown = likelihood(outputs, images, variance)
-        error = jnp.square(shown / 255 - images / 255.0).sum()
-        return nll.sum(), error, q.codes % config.K, shown
+        nll, shown = likelihood.loss(outputs, images, variance)
+        return nll.sum(), jnp.square(shown / 255 - images / 255.0).sum(), q.codes, shown
 
-    @jax.jit
-    def count(params, images):
-        codes = net.apply({"params": params}, images, method="to_codes")
-        return quantize.usage(codes, codes.shape[-1], config.K)  # [N, K]
-
-    measured = [measure(params, images) for images in batches(dataset.test)]
+    batches = in_batches(dataset.test, f"measuring on {len(dataset.test):,} images")
+    measured = [jax.device_get(measure(params, images)) for images in batches]
     nll, error, codes, shown = zip(*measured, strict=True)
-    values = dataset.test.size  # 3072 an image
-    nll, mse = (np.sum(np.float64(sums)) / values for sums in (nll, error))
+    nll, mse = (np.sum(np.float64(sums)) / dataset.test.size for sums in (nll, error))
     codes = np.concatenate(codes)  # [n, h, w, N]
-    used = np.asarray(quantize.usage(codes, codes.shape[-1], config.K))
-    pooled = used.sum(0, keepdims=True) if config.shared else used  # [S, K]
-    perplexities = np.asarray(quantize.perplexity(pooled))
+    counts = np.asarray(quantize.usage(codes, *params["codebook"].shape[:2]))  # [S, K]
+    perplexities = np.asarray(quantize.perplexity(counts))
     metrics = {
         "bits_per_dim": None,
         "bits_per_dim_unigram": None,
@@ -388,67 +497,309 @@ def evaluate(config, net, params, dataset):
         "psnr": -10 * math.log10(mse) if mse else None,
         "perplexity": math.exp(np.log(perplexities).mean()),
         "perplexity_per_codebook": [round(float(p), 1) for p in perplexities],
-        "codes_used": int((pooled > 0).sum()),
+        "codes_used": int((counts > 0).sum()),
     }
-    if exact:
-        prior = 1.0 + sum(np.float64(count(params, x)) for x in batches(dataset.train))
-        bits = -np.log2(prior / prior.sum(1, keepdims=True))  # one added: no code is impossible
+    if likelihood.exact:
+        trained = encode(net, params, dataset.train[:UNIGRAM_IMAGES])
         metrics["bits_per_dim"] = nll / math.log(2) + code_bits(config)
-        metrics["bits_per_dim_unigram"] = nll / math.log(2) + (used * bits).sum() / values
-    return metrics, used, (np.asarray(shown[0])[:SHOWN], codes[:SHOWN])
+        metrics["bits_per_dim_unigram"] = nll / math.log(2) + unigram_bits(config, trained, codes)
+    return metrics, codes, np.concatenate(shown[:SHOWN])[:SHOWN]
 
 
-def batches(images):
-    """All images in pieces of EVAL_BATCH, the last one as small as it must be."""
-    return (images[i : i + EVAL_BATCH] for i in range(0, len(images), EVAL_BATCH))
+def encode(net, params, images):
+    """The codes of images uint8 [n, 32, 32, 3]: uint16 [n, 8, 8, N]."""
+    to_codes = jax.jit(lambda p, x: net.apply({"params": p}, x, method="to_codes"))
+    batches = in_batches(images, f"encoding {len(images):,} images")
+    return np.concatenate([np.uint16(to_codes(params, batch)) for batch in batches])
 
 
-def draw_pictures(out, config, dataset, log, counts, shown):
-    """Write reconstructions.png, curves.png and codes.png into the folder `out`."""
-    import matplotlib
+def unigram_bits(config, trained, codes):
+    """Bits/dim of `codes` [n, h, w, N] by each slot's frequencies in the codes `trained` alone.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    One is added to every count: no code is impossible.
+    """
+    prior = 1.0 + np.float64(quantize.usage(trained, config.slots, config.K))  # [N, K]
+    bits = -np.log2(prior / prior.sum(1, keepdims=True))
+    return bits[np.arange(config.slots), codes].sum() / len(codes) / PIXELS
 
-    images, (reconstructions, codes) = dataset.test[:SHOWN], shown
-    codes = model.from_blocks(codes, 8 // codes.shape[1])  # [SHOWN, 8, 8, slots]
-    title = f"{dataset.name}, {dataset.split} images"
 
-    def save(figure, name):
-        with atomic(out / name) as part:
-            figure.savefig(part, format="png", dpi=150)
-        plt.close(figure)
+def in_batches(examples, text):
+    """All of them in pieces of EVAL_BATCH, the last one as small as it must be, with a bar."""
+    with bar(text, len(examples), 0) as show:
+        for start in range(0, len(examples), EVAL_BATCH):
+            yield examples[start : start + EVAL_BATCH]
+            show(min(start + EVAL_BATCH, len(examples)), "")
 
-    rows = [images, reconstructions.round().astype(np.uint8)]
-    grid = np.concatenate([np.concatenate(list(row), 1) for row in rows])  # [64, 32 SHOWN, 3]
-    figure, axis = plt.subplots(figsize=(12, 2), layout="constrained")
-    axis.imshow(grid, interpolation="nearest")
-    axis.set(title=f"{title}: originals above, reconstructions below", xticks=[], yticks=[])
-    save(figure, "reconstructions.png")
 
-    fit = "bits_per_dim" if model.LIKELIHOODS[config.likelihood][2] else "nmse"
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    label = {"bits_per_dim": "bits/dim", "nmse": "normalised MSE"}[fit]
-    names = {fit: label, "perplexity": "perplexity", "commitment_loss": "commitment loss"}
-    for axis, (key, label) in zip(axes, names.items(), strict=True):
-        axis.plot([line["step"] for line in log], [line[key] for line in log])
-        axis.set(xlabel="step", title=f"{label}, training batches")
-        axis.set_yscale("log" if key == "nmse" else "linear")
+def measure_vqvae(config, net, params, dataset, log):
+    """Task.measure of a VQ-VAE: metrics on the test images, and its pictures."""
+    metrics, codes, shown = evaluate(config, net, params, dataset)
+    key, published = ("bits_per_dim", 4.67) if metrics["bits_per_dim"] else ("nmse", 0.056)
+    published = published if config.dataset == "cifar10" else None
+    counts = np.asarray(quantize.usage(codes, *params["codebook"].shape[:2]))
+    images, rmse = dataset.test[:SHOWN], 255 * math.sqrt(metrics["mse"])
+    title = f"{dataset.name}, {dataset.split} images: {metrics[key]:.4g} {LABELS[key]}, "
+    about = f"{title}RMSE {rmse:.1f} grey levels"
+    used = f"{title}perplexity {metrics['perplexity']:.0f} of {config.K}"
+    run = f"{dataset.name}, preset {config.preset}, seed {config.seed}"
+    return metrics, {
+        "reconstructions.png": lambda: reconstruction_figure(images, shown, about),
+        "curves.png": lambda: curves_figure(log, key, metrics[key], published, run),
+        "codes.png": lambda: codes_figure(images[:8], codes[:8], counts, used),
+    }
+
+
+# The prior over the codes of a run
+
+
+def prior_task(config, run):
+    """The Task of training a prior on the codes of the VQ-VAE in the folder `run`."""
+    vqvae, net, progress = load(run)
+    params = progress.state.params
+    dataset = data.load(vqvae.dataset, config.data_dir, vqvae.val)
+    mirrored = [dataset.train[:, :, ::-1]] if vqvae.flip else []
+    codes = encode(net, params, np.concatenate([dataset.train, *mirrored]))  # [n, 8, 8, N]
+    prior, codebook, optimizer = build(config), params["codebook"], make_optimizer(config)
+
+    def loss_fn(params, codes, key):
+        rngs = {"dropout": key}
+        logits = prior.apply({"params": params}, codes, codebook, train=True, rngs=rngs)
+        return model.prior_nll(logits, codes).mean()
+
+    def train_step(state, codes):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, codes, key)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        bits = loss / math.log(2) * codes[0].size / PIXELS
+        metrics = {"loss": loss, "code_bits_per_dim": bits, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, opt, ()), metrics
+
+    def measure(trained, log):
+        return measure_prior(config, trained, (vqvae, net, params), dataset, codes, log)
+
+    init = functools.partial(init_prior, config, prior, codebook)
+    like = jax.eval_shape(lambda: init(codes[:1]))
+    return Task(codes, lambda: init(codes[:UNIGRAM_IMAGES]), like, train_step, measure)
+
+
+def init_prior(config, prior, codebook, codes):
+    """TrainState of a prior before step 1: the unigram prior of `codes` [n, h, w, N]."""
+    params = jax.jit(prior.init)(jax.random.key(config.seed), codes[:1], codebook)["params"]
+    counts = 1.0 + quantize.usage(codes, codes.shape[-1], codebook.shape[1])  # [N, K]
+    params["slots"]["bias"] = jnp.log(counts / counts.sum(1, keepdims=True))
+    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(config).init)(params), ())
+
+
+def measure_prior(config, trained, run, dataset, codes, log):
+    """Task.measure of a prior: bits/dim of the run's test images under three priors, samples.
+
+    trained: the prior's parameters; run: Config, network and parameters of the VQ-VAE;
+    codes [n, h, w, N]: those that the prior was trained on.
+    """
+    vqvae, net, params = run
+    prior, codebook = build(config), params["codebook"]
+    metrics, tested, _ = evaluate(vqvae, net, params, dataset)
+
+    @jax.jit
+    def cost(trained, codes):
+        logits = prior.apply({"params": trained}, codes, codebook)
+        return model.prior_nll(logits, codes).sum() / math.log(2)
+
+    batches = in_batches(tested, "measuring the prior")
+    bits = {
+        "uniform": code_bits(vqvae),
+        "unigram": unigram_bits(vqvae, codes[:UNIGRAM_IMAGES], tested),
+        "prior": sum(float(cost(trained, batch)) for batch in batches) / len(tested) / PIXELS,
+    }
+    found = {f"code_bits_per_dim_{name}": value for name, value in bits.items()}
+    if metrics["bits_per_dim"]:
+        rest = metrics["bits_per_dim"] - bits["uniform"]
+        found |= {f"bits_per_dim_{name}": rest + value for name, value in bits.items()}
+
+    def samples():
+        columns = [codes[:512, ..., n].ravel() for n in range(vqvae.slots)]
+        alone = [np.random.default_rng(n).choice(c, (8, 8, 8)) for n, c in enumerate(columns)]
+        alone = decode(vqvae, net, params, np.stack(alone, -1))
+        title = f"{dataset.name}, preset {vqvae.preset}, temperature {config.temperature:g}"
+        return samples_figure(sample(config, trained, run), alone, title)
+
+    title = f"prior: {bits['unigram'] - bits['prior']:.3f} bits/dim below a unigram prior"
+    return found, {
+        "curves.png": lambda: curves_figure(log, "code_bits_per_dim", bits["prior"], None, title),
+        "samples.png": samples,
+    }
+
+
+def sample(config, trained, run):
+    """Images of codes drawn from a prior: uint8 [config.count, 32, 32, 3].
+
+    config and trained: of the prior; run: Config, network and parameters of the VQ-VAE.
+    """
+    vqvae, net, params = run
+    key, shape = jax.random.key(config.seed), (config.count, 8, 8, vqvae.slots)
+    with bar(f"sampling {config.count} images", 64, 0) as show:
+        codes = model.sample(
+            build(config), trained, params["codebook"], key, shape, config.temperature,
+            lambda done: show(done, ""),
+        )  # fmt: skip
+    return decode(vqvae, net, params, codes)
+
+
+def decode(config, net, params, codes):
+    """Pictures of codes [n, 8, 8, N], means of the likelihood: uint8 [n, 32, 32, 3]."""
+    likelihood, blank = model.LIKELIHOODS[config.likelihood], np.zeros((1, 32, 32, 3), np.uint8)
+
+    @jax.jit
+    def means(params, codes):
+        outputs = net.apply({"params": params}, codes, method="from_codes")
+        return likelihood.loss(outputs, jnp.repeat(blank, len(codes), 0), 1.0)[1]
+
+    return to_uint8(means(params, codes))
+
+
+def sample_again(run, flags):
+    """--sample: a new grid from the prior of a run, without training."""
+    if not (run / "prior" / "config.json").exists():
+        raise Stop(2, f"{run} has no prior yet: train one with --prior {run}.")
+    config, _, prior = load(run / "prior")
+    vqvae, net, progress = load(run)
+    config = check(dataclasses.replace(config, **flags))
+    images = sample(config, prior.state.params, (vqvae, net, progress.state.params))
+    words = f"seed {config.seed}, temperature {config.temperature:g}"
+    file = run / "prior" / f"samples-{words}.png".replace(", ", "-").replace(" ", "-")
+    save_figure(file, samples_figure(images, None, words))
+    say(f"{config.count} samples are in {file}")
+
+
+# Pictures. They touch none of matplotlib's global state: this also runs inside other programs.
+
+LABELS = {
+    "bits_per_dim": "bits/dim",
+    "nmse": "normalised MSE",
+    "code_bits_per_dim": "bits/dim of codes",
+    "perplexity": "perplexity of a batch",
+    "commitment_loss": "commitment loss",
+}
+
+
+def new_figure(width, height, title):
+    """An empty figure, sizes in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=12, wrap=True)
+    return figure
+
+
+def draw_images(axis, images, columns, label, **style):
+    """Images [n, H, W, C] as a labelled grid, row by row; returns what imshow does."""
+    gap = 255 if images.dtype == np.uint8 else np.nan
+    border = [(0, -len(images) % columns), (1, 1), (1, 1), (0, 0)]
+    padded = np.pad(images, border, constant_values=gap)
+    rows = [np.hstack(padded[i : i + columns]) for i in range(0, len(padded), columns)]
+    axis.set(xticks=[], yticks=[], anchor="W")
+    axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    axis.spines[:].set_visible(False)
+    return axis.imshow(np.vstack(rows), interpolation="nearest", **style)
+
+
+def to_uint8(levels):
+    """Grey levels of any shape -> the nearest of 0..255."""
+    return np.uint8(np.round(np.clip(levels, 0, 255)))
+
+
+def reconstruction_figure(images, shown, title):
+    """images uint8 [n, 32, 32, 3], their reconstructions in grey levels, and the error.
+
+    The error is |shown - image|, a mean over the colours. Its scale ends at the 99.5 % quantile.
+    """
+    n, error = len(images), np.abs(shown - np.float32(images)).mean(-1, keepdims=True)
+    figure = new_figure(12, 3.2, title)
+    axes = figure.subplots(3, 1)
+    draw_images(axes[0], images, n, "original")
+    draw_images(axes[1], to_uint8(shown), n, "reconstruction")
+    top = max(np.quantile(error, 0.995), 1e-3)
+    drawn = draw_images(axes[2], error, n, "error", cmap="magma", vmin=0, vmax=top)
+    figure.colorbar(drawn, ax=axes[2], label="grey levels", extend="max", aspect=8, pad=0.01)
+    return figure
+
+
+def curves_figure(log, key, held_out, published, title):
+    """log[:][key] over steps, beside it perplexity and commitment loss where the log has them.
+
+    held_out is a point at the end; published, if it is not None, a dashed line. The first fifth of
+    the log, often far above the rest, may leave a panel.
+    """
+    figure = new_figure(12, 4, title)
+    keys = [key, *(k for k in ("perplexity", "commitment_loss") if log and k in log[-1])]
+    axes = figure.subplots(1, len(keys), squeeze=False)[0]
+    for axis, name in zip(axes, keys, strict=True):
+        values = [line[name] for line in log]
+        axis.plot([line["step"] for line in log], values, label="training")
+        axis.set(xlabel="step", ylabel=LABELS[name])
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{dataset.name}, preset {config.preset}, seed {config.seed}")
-    save(figure, "curves.png")
+        marks = [m for m in (held_out, published) if m is not None] if name == key else []
+        seen = [*values[len(values) // 5 :], *marks]
+        room = 0.05 * (max(seen) - min(seen)) + 1e-3 * max(seen) if seen else 1.0
+        axis.set_ylim(min(seen, default=0) - room, max(seen, default=0) + room)
+    step, seconds = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0)
+    axes[0].set_xlabel(f"step ({seconds / 60:.1f} minutes of training in all)")
+    axes[0].plot(step, held_out, "o", color="C3", label=f"held out: {held_out:.4g}")
+    if published is not None:
+        axes[0].axhline(published, color="0.3", ls="--", label=f"published: {published:g}")
+    axes[0].legend(loc="upper right")
+    return figure
 
-    figure = plt.figure(figsize=(12, 4.5), layout="constrained")
-    axes = figure.subplot_mosaic([list("abcdefgh"), ["usage"] * 8], height_ratios=[1, 1.3])
-    for name, image_codes in zip("abcdefgh", codes, strict=False):
-        axes[name].imshow(image_codes[..., 0], cmap="nipy_spectral", vmin=0, vmax=config.K - 1)
-        axes[name].set(xticks=[], yticks=[])
-    usage = np.sort(counts, -1)[:, ::-1] / counts.sum(-1, keepdims=True)  # [N, K]
-    axes["usage"].plot(usage.T, lw=0.8)
-    axes["usage"].axhline(1 / config.K, color="black", lw=0.8, ls=":")
-    axes["usage"].set(yscale="log", xlabel="codes of a slot, most used first", ylabel="frequency")
-    figure.suptitle(f"{title}: code maps of the first slot; use of the codes (dotted: uniform)")
-    save(figure, "codes.png")
+
+def codes_figure(images, codes, counts, title):
+    """images uint8 [n, 32, 32, 3] over the maps of their codes [n, 8, 8, N], four slots at most.
+
+    Below, how often each code is used over the whole test set: counts [S, K], a line a codebook.
+    """
+    (S, K), slots = counts.shape, min(codes.shape[-1], 4)
+    figure = new_figure(9, 1.1 * slots + 5, title)
+    above, below = figure.subfigures(2, 1, height_ratios=[1.1 * slots + 1.6, 3.4])
+    axes = above.subplots(1 + slots, 1)
+    draw_images(axes[0], images, len(images), "image")
+    for s in range(slots):
+        draw_images(axes[1 + s], code_map(codes[..., s], K), len(images), f"codes,\nslot {s}")
+    axes[-1].set_xlabel("in each row, the same colour is the same code (colours have no order)")
+    axis = below.subplots()
+    for s in range(S):
+        shares = np.sort(counts[s] / counts[s].sum())[::-1]  # unused ones: off the log scale
+        label = f"codebook {s}: {(counts[s] == 0).mean():.1%} unused"
+        axis.plot(np.arange(1, K + 1), shares, lw=1, label=label)
+    axis.axhline(1 / K, color="0.3", ls=":", label=f"uniform: 1/{K}")
+    axis.set(yscale="log", xlabel="codes, most used first", ylabel="share of the positions")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    return figure
+
+
+def code_map(codes, K):
+    """Codes [n, h, w] -> uint8 [n, 4 h, 4 w, 3]: K colours without an order, as codes are names."""
+    side = max(2, math.ceil(K ** (1 / 3)))
+    lattice = np.indices((side, side, side)).reshape(3, -1).T * (230 // (side - 1))  # no white
+    colours = np.random.default_rng(0).permutation(lattice)[:K]
+    return np.uint8(colours)[codes].repeat(4, 1).repeat(4, 2)
+
+
+def samples_figure(learned, unigram, title):
+    """uint8 [n, 32, 32, 3] in a square grid, under it those of a unigram prior (or None)."""
+    parts = {"learned prior": learned, "unigram prior: codes drawn alone": unigram}
+    parts = {name: images for name, images in parts.items() if images is not None}
+    columns = math.ceil(math.sqrt(len(learned)))
+    rows = [math.ceil(len(images) / columns) for images in parts.values()]
+    figure = new_figure(7, 1.2 + 6.8 * sum(rows) / columns, title)
+    axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for axis, (name, images) in zip(axes, parts.items(), strict=True):
+        draw_images(axis, images, columns, "")
+        axis.set_title(name, fontsize=10)
+    return figure
+
+
+# What a run leaves on disk
 
 
 @contextlib.contextmanager
@@ -464,29 +815,65 @@ def atomic(path):
         part.unlink(missing_ok=True)
 
 
+def survive(write, what):
+    """Do a write; when the disk refuses, say so and let the run go on."""
+    try:
+        write()
+    except OSError as error:
+        say(f"could not write {what} ({error.strerror}): the run goes on; free some space.", True)
+
+
 def write_json(path, value):
     """Write one JSON object, indented."""
     with atomic(path) as part:
         part.write_text(json.dumps(value, indent=1) + "\n")
 
 
-class Progress(NamedTuple):
-    """What a checkpoint holds: the state, the metrics since the last log line, the clock."""
+def save_figure(path, figure):
+    """Write a matplotlib figure as PNG."""
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=150)
 
-    state: TrainState
-    pending: dict  # name -> float32 [steps since the last log line]
-    seconds: float
-    compile_seconds: float
+
+def settings(config):
+    """The fields that a run has: a VQ-VAE none of the prior's, a prior none of a VQ-VAE's."""
+    alien = OF_VQVAE if config.preset == "prior" else OF_PRIOR
+    return {name: value for name, value in vars(config).items() if name not in alien}
+
+
+def as_flags(values):
+    """Fields of Config, name -> value, as they are on a command line."""
+    switch = {True: "--", False: "--no-"}
+    return [
+        switch[value] + name if type(value) is bool else f"--{name}={value}"
+        for name, value in values.items()
+    ]
+
+
+def read_config(out):
+    """The Config of a run folder; raises Stop, naming file and key, for anything else."""
+    path = out / "config.json"
+    try:
+        saved = {"preset": "", **json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError):
+        raise Stop(2, f"{out} is no run folder: it has no readable config.json.") from None
+    try:
+        if alien := set(saved) - set(NAMES):
+            raise Stop(2, f"it has no {', '.join(alien)}.")
+        return check(Config(**vars(make_parser().parse_args(as_flags(saved)))))
+    except Stop as error:
+        text = f"{path} is not of this version of the kit: {error.args[1]}"
+        raise Stop(2, text) from None
+
+
+def fingerprint(config):
+    """The settings that make two runs the same run, as text."""
+    return json.dumps(settings(config) | {"data_dir": "", "out": ""})
 
 
 def checkpoints(out):
     """The checkpoints of a run folder, newest first."""
     return sorted(out.glob("checkpoint-*.msgpack"), reverse=True)
-
-
-def fingerprint(config):
-    """The settings that make two runs the same run, as text."""
-    return json.dumps(dataclasses.asdict(config) | {"data_dir": "", "out": ""})
 
 
 def save_checkpoint(out, progress, config):
@@ -501,319 +888,108 @@ def save_checkpoint(out, progress, config):
         old.unlink()
 
 
-def load_checkpoint(run, like, config):
-    """Progress from the newest checkpoint of a run folder, or from the checkpoint file `run`.
+def load_checkpoint(out, like, config):
+    """Progress from the newest good checkpoint of a run folder, None where there is none yet.
 
-    like: a TrainState of the same shapes. Raises RunError for a damaged file or one of another
-    configuration; deletes nothing.
+    like: a TrainState of the same shapes. Names a damaged file, or one of other settings, and takes
+    the one before it; deletes nothing. Raises Stop when none of them is good.
     """
-    files = checkpoints(run) if run.is_dir() else [run]
-    if not files:
-        raise RunError(f"{run} has no checkpoint yet: start that run again with another --out.")
-    content = files[0].read_bytes() if files[0].exists() else b""
-    wrong = "is damaged" if hashlib.sha256(content[32:]).digest() != content[:32] else ""
-    saved = {} if wrong else flax.serialization.msgpack_restore(content[32:])
-    if not wrong and saved.pop("config") != fingerprint(config):
-        wrong = f"belongs to another run than {files[0].parent / 'config.json'}"
-    if wrong:
-        older = [f for f in checkpoints(files[0].parent) if f < files[0]]
-        remedy = f"continue from the one before it: --resume {older[0]}" if older else "start anew"
-        raise RunError(f"{files[0]} {wrong}: {remedy}.")
-    state = flax.serialization.from_state_dict(like, saved.pop("state"))
-    return Progress(state=state, **saved)
-
-
-def is_empty(out):
-    """Whether a folder holds nothing, or nothing but the lock of a run that never began."""
-    return not out.exists() or all(file.name == "lock" for file in out.iterdir())
-
-
-def claim(out, fresh):
-    """Make the run folder, or take an old one; holds a lock that dies with the process."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if fresh and not is_empty(out):
-            raise UsageError(f"--out {out} is not empty: name a new folder, or --resume {out}.")
-        lock = open(out / "lock", "w")  # noqa: SIM115, the caller holds it
-    except OSError as error:
-        raise UsageError(f"cannot write to --out {out} ({error.strerror}): name another.") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"another run writes to {out}: wait for it, or name another.") from None
-    return lock
-
-
-def open_run(overrides, resume):
-    """Config, run folder and its lock: a new run, or the one that `resume` names."""
-    if not resume:
-        config = configure(overrides)
-        out = Path(config.out) if config.out else None
-        for n in range(1, 10**6) if out is None else ():
-            out = Path("runs") / f"{config.preset}-{n}"
-            if is_empty(out):
-                break
-        return config, out, claim(out, fresh=True)
-    out = Path(resume) if Path(resume).is_dir() else Path(resume).parent
-    config = read_config(out)
-    for name, value in overrides.items():
-        if name not in ("data_dir", "out", "preset") and value != getattr(config, name):
-            raise UsageError(
-                f"--{name} {value} is not what the run in {out} has, {getattr(config, name)}: "
-                "leave the flag out, or start a new run."
-            )
-    if (out / "result.json").exists():
-        raise UsageError(f"the run in {out} is finished: measure it again with --eval {out}.")
-    config = dataclasses.replace(config, data_dir=overrides.get("data_dir", config.data_dir))
-    return config, out, claim(out, fresh=False)
-
-
-def read_config(out):
-    """The Config of a run folder; raises UsageError where there is none."""
-    try:
-        return Config(**json.loads((out / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UsageError(f"{out} is no run folder: it has no readable config.json.") from None
+    for file in checkpoints(out):
+        content = file.read_bytes()
+        wrong = "is damaged"
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            saved = flax.serialization.msgpack_restore(content[32:])
+            wrong = f"belongs to another run than {out / 'config.json'}"
+            if saved.pop("config") == fingerprint(config):
+                wrong = "does not fit the networks of this version of the code"
+                with contextlib.suppress(ValueError, KeyError):
+                    state = flax.serialization.from_state_dict(like, saved.pop("state"))
+                    if jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, like):
+                        return Progress(state=state, **saved)
+        say(f"{file} {wrong}; looking for the one before it.", True)
+    if checkpoints(out):
+        raise Stop(1, f"no checkpoint in {out} is good: start anew with another --out.")
+    return None
 
 
 def load(run):
-    """A run again: its Config, network, and parameters from the newest checkpoint.
-
-    run: a run folder, or a checkpoint file in one.
-    """
+    """A run folder again: its Config, network, and Progress of the newest checkpoint."""
     run = Path(run)
-    config = read_config(run if run.is_dir() else run.parent)
+    config = read_config(run)
     net = build(config)
-    shapes = jax.eval_shape(lambda: init_state(config, net, None))
-    return config, net, load_checkpoint(run, shapes, config).state.params
+    init = functools.partial(init_state, config, net, None)
+    if config.preset == "prior":
+        vqvae, _, progress = load(run.parent)
+        field, codebook = np.zeros((1, 8, 8, vqvae.slots), int), progress.state.params["codebook"]
+        init = functools.partial(init_prior, config, net, codebook, field)
+    progress = load_checkpoint(run, jax.eval_shape(init), config)
+    if progress is None:
+        raise Stop(1, f"{run} has no checkpoint yet: go on with --resume {run}.")
+    return config, net, progress
 
 
-def join_processes(how):
-    """Become one of several processes through jax.distributed; returns this one's index.
+def claim(config):
+    """Make the folder of a new run. Its config.json is made first, and nobody can make it twice.
 
-    how: "auto", or "HOST:PORT,COUNT,INDEX" with the address of process 0. Before any use of JAX.
+    So no lock is needed, which some file systems do not have.
     """
-    try:
-        if how == "auto":
-            jax.distributed.initialize()
-        else:
-            address, count, index = how.split(",")
-            jax.distributed.initialize(address, int(count), int(index))
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise UsageError(
-            f"--distributed {how} does not join ({str(error).splitlines()[0]}): give --distributed "
-            "HOST:PORT,COUNT,INDEX with the address of process 0 and this one's index."
-        ) from None
-    return jax.process_index()
+    for n in itertools.count(1):
+        out = Path(config.out or f"runs/{config.preset}-{n}")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if any(out.iterdir()):
+                raise FileExistsError
+            with open(out / "config.json", "x") as file:
+                json.dump(settings(config), file, indent=1)
+            return out
+        except FileExistsError:
+            if config.out:
+                text = f"{out} is not empty: name a new folder with --out, or --resume {out}."
+                raise Stop(2, text) from None
+        except OSError as error:
+            text = f"cannot write to {out} ({error.strerror}): name another folder with --out."
+            raise Stop(2, text) from None
 
 
-def stop_signal(caught, logs):
-    """The signal to stop at, or 0. Several processes agree on it, at lines of the log."""
-    if jax.process_count() == 1:
-        return caught[0] if caught else 0
-    mine = np.int32(caught[0] if caught else 0)
-    return int(multihost_utils.process_allgather(mine).max()) if logs else 0
+# What it prints
 
 
-def device_count(config):
-    """Devices that a batch is split over: all of them, where they divide it."""
-    count = math.gcd(config.batch, jax.device_count())
-    if count < jax.device_count() and jax.process_count() > 1:
-        raise UsageError(f"--batch must be a multiple of the {jax.device_count()} devices.")
-    return count
-
-
-def place(tree, sharding):
-    """Arrays on the devices of all processes, each of which has the whole of them."""
-
-    def one(x):
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
-
-    return jax.tree.map(one, tree)
-
-
-def placements(config):
-    """How arrays lie on the devices: whole on each, or [count, batch] split over the batch."""
-    devices = jax.devices()[: device_count(config)]
-    mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "batch"))
+def say(text, error=False, end="\n"):
+    """Print a line; when whoever read it has gone, the run goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr if error else sys.stdout, flush=True, end=end)
 
 
 @contextlib.contextmanager
-def signals():
-    """Yields a list that the first Ctrl-C or SIGTERM is put into; a second one stops at once."""
-    numbers, caught = (signal.SIGINT, signal.SIGTERM), []
-    before = [signal.getsignal(number) for number in numbers]
+def bar(text, total, done):
+    """Yields show(done, words): a bar on a terminal; elsewhere a line at new words or every 10 s.
 
-    def restore():
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-    def note(number, frame):
-        caught.append(number)
-        restore()
-
-    for number in numbers:
-        signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        restore()
-
-
-def train(config, net, progress, dataset, out):
-    """The loop: from `progress` to the last step, or to a signal. Returns Progress and the log."""
-    whole, split = placements(config)
-    train_steps = make_train_steps(make_train_step(config, net, dataset.variance()))
-    images, state = place((dataset.train, progress.state), whole)
-    launch = 1 if jax.default_backend() == "cpu" else config.log_every
-    step, saved, compiled, waiting = int(state.step), time.monotonic(), {}, []
-    log, rate, least = open_log(out, step), matmul_rate(config, net), math.nan
-    with signals() as caught, display(config, step) as show:
-        clock = time.perf_counter()
-        while step < config.steps:
-            to_log = config.log_every - step % config.log_every
-            count = min(launch, to_log, config.steps - step)
-            order = data.order(config.seed, len(dataset.train), config.batch, step, count)
-            index = place(order, split)
-            if count not in compiled:
-                start = time.perf_counter()
-                lowered = train_steps.lower(state, images, index)
-                compiled[count] = lowered.compile()
-                least = lowered.cost_analysis()["flops"] / rate  # of one step: a loop counts once
-                took = time.perf_counter() - start
-                progress = progress._replace(compile_seconds=progress.compile_seconds + took)
-                clock += took  # off the clock
-            state, metrics = compiled[count](state, images, index)
-            waiting.append(metrics)
-            step += count
-            show(step, None)
-
-            logs = step % config.log_every == 0 or step == config.steps
-            due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-            stop = stop_signal(caught, logs)
-            if logs or due or stop:
-                progress = collect(progress, state, waiting)
-                seconds = progress.seconds + time.perf_counter() - clock
-                progress, waiting = progress._replace(seconds=seconds), []
-                check_finite(config, progress.pending, step)
-                if logs:
-                    log.append(write_log(out, step, progress, log, least))
-                    show(step, log[-1])
-                    progress = progress._replace(pending={})
-                if due or stop or step == config.steps:
-                    survive(lambda p=progress: save_checkpoint(out, p, config), "the checkpoint")
-                    saved = time.monotonic()
-                clock = time.perf_counter()
-            if stop:
-                raise Interrupted(stop, step, out)
-    return progress, log
-
-
-def collect(progress, state, waiting):
-    """Fetch the metrics of the last launches, which waits for them, beside those pending."""
-    fetched = jax.device_get(waiting)
-    names = fetched[0] if fetched else progress.pending
-    pending = {
-        name: np.concatenate([progress.pending.get(name, []), *(m[name] for m in fetched)])
-        for name in names
-    }
-    return progress._replace(state=state, pending=pending)
-
-
-def check_finite(config, pending, step):
-    """Raise RunError with the first step and term that is not a finite number."""
-    wrong = {name: np.flatnonzero(~np.isfinite(values)) for name, values in pending.items()}
-    wrong = {name: int(where[0]) for name, where in wrong.items() if len(where)}
-    if wrong:
-        first = min(wrong.values())
-        names = ", ".join(name for name, where in wrong.items() if where == first)
-        count = len(pending["loss"])
-        raise RunError(
-            f"step {step - count + first + 1}: {names} is no longer a finite number (learning rate "
-            f"{config.lr:g}). The last checkpoint stands. Try --lr {config.lr / 3:.1g}."
-        )
-
-
-def survive(write, what):
-    """Do a write; when the disk refuses, say so and let the run go on."""
-    try:
-        write()
-    except OSError as error:
-        print(
-            f"could not write {what} ({error.strerror}): the run goes on; free some space.",
-            file=sys.stderr,
-        )
-
-
-def read_log(out):
-    """The lines of log.jsonl, without one that a full disk cut short."""
-    path, lines = out / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
-def open_log(out, step):
-    """Lines of log.jsonl up to `step`; later ones, which a killed run wrote, are dropped."""
-    lines = [line for line in read_log(out) if line["step"] <= step]
-    with atomic(out / "log.jsonl") as part:
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines
-
-
-def write_log(out, step, progress, log, least):
-    """Append to log.jsonl the means since the last line; returns the line.
-
-    mfu: `least`, the seconds of a step's arithmetic as a matmul, over the seconds that it took.
+    80 columns hold what is done, the bar, the time left and 36 letters.
     """
-    before = log[-1] if log else {"step": 0, "seconds": 0.0}
-    ms = 1e3 * (progress.seconds - before["seconds"]) / (step - before["step"])
-    line = {name: float(np.mean(values)) for name, values in progress.pending.items()}
-    clock = {"ms_per_step": ms, "mfu": 1e3 * least / ms, "seconds": progress.seconds}
-    line = {"step": step, **line, **clock}
+    terminal = sys.stdout and not sys.stdout.closed and sys.stdout.isatty()
+    begun, first, last = time.monotonic(), done, [time.monotonic(), ""]
 
-    def append():
-        with open(out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+    def show(done, words):
+        now = time.monotonic()
+        if words in ("", last[1]) and now - last[0] < (0.2 if terminal else 10):
+            return
+        left = (now - begun) / max(1, done - first) * (total - done)
+        left = datetime.timedelta(seconds=round(left))
+        drawn = f"[{'#' * (12 * done // total):12}]" if terminal else ""
+        line = f"{done:,}/{total:,} {drawn} {left} left  {words or text}"
+        say(f"{line:79}\r" if terminal else line, end="" if terminal else "\n")
+        last[:] = now, words
 
-    survive(append, "a line of the log")
-    return line
-
-
-@contextlib.contextmanager
-def display(config, step):
-    """Yields show(step, line of the log or None): a bar on a terminal, plain lines elsewhere."""
-    fits, clocks = ("bits_per_dim", "nmse"), ("ms_per_step", "mfu")
-    columns = ("step", *fits, "perplexity", "commitment_loss", *clocks)
-    if sys.stdout.isatty():
-        from rich import progress as rich
-
-        parts = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
-        with rich.Progress(*parts, rich.TextColumn("{task.description}")) as bar:
-            task = bar.add_task("compiling", total=config.steps, completed=step)
-
-            def show(step, line):
-                bar.update(task, completed=step)
-                if line:
-                    shown = [f"{name} {line[name]:.4g}" for name in columns[1:] if name in line]
-                    bar.update(task, description="  ".join(shown))
-
-            yield show
-        return
-
-    header = []
-
-    def show(step, line):
-        if line:
-            names = [name for name in columns if name in line]
-            if not header:
-                header.append(print(" ".join(f"{name:>15}" for name in names)))
-            print(" ".join(f"{line[name]:15.5g}" for name in names), flush=True)
-
+    say(text)
     yield show
+    if terminal:
+        say("")
+
+
+def describe(line):
+    """What a line of the log says, in the 36 letters that 80 columns leave beside the bar."""
+    words = [f"{line[k]:.4g} {LABELS[k]}" for k in LABELS if k in line and k != "commitment_loss"]
+    return ", ".join(words).removesuffix(" of a batch")
 
 
 def hardware():
@@ -837,130 +1013,184 @@ def peak_memory():
     return round(stats.get("peak_bytes_in_use", resident) / 2**20)
 
 
-def measure(config, net, params, dataset, out, log):
-    """Evaluate, draw the pictures into `out`; returns the metrics."""
-    n = len(dataset.test)
-    print(f"measuring on {n:,} {dataset.split} images of {dataset.name}", flush=True)
-    metrics, counts, shown = evaluate(config, net, params, dataset)
-    survive(lambda: draw_pictures(out, config, dataset, log, counts, shown), "the pictures")
-    for name, value in metrics.items():
-        if value is not None and name != "perplexity_per_codebook":
-            print(f"  {name:22} {value:.6g}")
-    if config.dataset == "cifar10":
-        print(f"  published              {PUBLISHED[config.preset]}")
-    else:
-        print("  This is not CIFAR-10: no published number belongs beside these.")
-    return metrics
+def commit():
+    """The commit of this code, with a + where files differ from it; "" outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
-def result_row(config, argv, progress, metrics, dataset):
+def result_row(config, progress, metrics):
     """The row for result.json: what was run, where, how long it took, what it gave."""
-    ms = 1e3 * progress.seconds / config.steps
-    settings = ("preset", "likelihood", "steps", "batch", "seed")
+    here = {"out": config.out, "data_dir": config.data_dir}  # of this machine, not of the run
+    usual = vars(Config(**PRESETS[config.preset])) | here
+    changed = {name: v for name, v in settings(config).items() if v != usual[name]}
+    if config.preset == "prior":
+        changed = {"prior": Path(config.out).parent} | changed
+        del changed["preset"]
     return {
-        "command": " ".join(["python train.py", *argv]),
-        "dataset": dataset.name,
-        "split": dataset.split,
-        **{name: getattr(config, name) for name in settings},
+        "command": " ".join(["python train.py", *as_flags(changed)]),
+        "commit": commit(),
+        **{name: getattr(config, name) for name in ("preset", "steps", "batch", "seed")},
         "train_seconds": round(progress.seconds, 1),
         "compile_seconds": round(progress.compile_seconds, 1),
-        "ms_per_step": round(ms, 3),
-        "images_per_second": round(1e3 * config.batch / ms, 1),
+        "ms_per_step": round(1e3 * progress.seconds / config.steps, 3),
         **metrics,
         "peak_memory_mib": peak_memory(),
         "device": hardware(),
-        "devices": device_count(config),
         "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, np)},
         "date": datetime.date.today().isoformat(),
     }
 
 
+# The command line
+
+VERBS = {
+    "resume": "continue this run",
+    "eval": "measure this run again",
+    "prior": "train a prior over the codes of this run",
+    "sample": "draw a new grid of samples from the prior of this run",
+}
+# The flags that go beside each; without a verb all but those of a prior.
+BESIDE = {
+    "eval": ["data_dir"],
+    "sample": ["seed", "temperature", "count"],
+    "prior": [name for name in NAMES if name not in [*OF_VQVAE, "preset", "out"]],
+    "resume": ["data_dir"],
+    "train": [name for name in NAMES if name not in OF_PRIOR],
+}
+
+
+def make_parser():
+    """The flags: one for each field of Config, and the verbs. Raises Stop."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise Stop(2, f"{message}; python train.py --help lists the flags.")
+
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
+        text = f"{f.metadata['help']} (default: {', '.join([str(f.default) or '-', *changed])})"
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+    for verb, text in VERBS.items():
+        parser.add_argument(f"--{verb}", metavar="RUN", default=argparse.SUPPRESS, help=text)
+    return parser
+
+
+def parse(argv):
+    """Command line -> verb (a key of BESIDE), the run folder it names, overrides of Config."""
+    flags = vars(make_parser().parse_args(argv))
+    verbs = [verb for verb in VERBS if verb in flags]
+    verb = verbs[0] if verbs else "train"
+    run = flags.pop(verb, None)
+    if len(verbs) > 1 or run == "" or flags.get("preset") == "prior":
+        raise Stop(2, "give one run folder to one verb, such as --prior runs/fast-1.")
+    for name in flags:
+        if name not in BESIDE[verb]:
+            where = f"--{verb}" if verbs else "a VQ-VAE: it belongs to --prior or --sample"
+            raise Stop(2, f"--{name} does not go with {where}.")
+    return verb, Path(run) if verbs else None, flags
+
+
 def run(argv):
-    """The whole program; raises UsageError, RunError, data.DataError or Interrupted."""
-    overrides, resume, again, join = parse(argv)
-    if again:
-        config, net, params = load(again)
-        dataset = data.load(config.dataset, overrides.get("data_dir", config.data_dir), config.val)
-        out = Path(again) if Path(again).is_dir() else Path(again).parent
-        metrics = measure(config, net, params, dataset, out, read_log(out))
-        write_json(out / "eval.json", metrics)
-        return
-    if join and (index := join_processes(join)):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, process 0 speaks for all
-        resume = f"{resume}-{index}" if resume else None
-        overrides["out"] = f"{overrides.get('out')}-{index}"
-    config, out, lock = open_run(overrides, resume)
-    with lock:
-        print(
-            f"preset {config.preset}{' (continued)' if resume else ''}, {config.steps:,} steps of "
-            f"{config.batch} images, on {hardware()}"
-        )
-        print(f"after: {PUBLISHED[config.preset]}; this run goes to {out}", flush=True)
-        dataset = data.load(config.dataset, config.data_dir, config.val)
-        n = len(dataset.train)
-        if config.batch > n:
-            raise UsageError(f"--batch {config.batch} is more than the {n} training images.")
-        net = build(config)
-        if resume:
-            shapes = jax.eval_shape(lambda: init_state(config, net, None))
-            progress = load_checkpoint(Path(resume), shapes, config)
-            print(f"continuing after step {int(progress.state.step):,}", flush=True)
-        else:
-            write_json(out / "config.json", dataclasses.asdict(config))
-            first = data.order(config.seed, n, max(config.batch, START_IMAGES), 0, 1)[0]
-            state = init_state(config, net, dataset.train[first])
-            if join:
-                state = multihost_utils.broadcast_one_to_all(state)
-            progress = Progress(state, {}, 0.0, 0.0)
-        try:
-            progress, log = train(config, net, progress, dataset, out)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            half = max(1, config.batch // 2)
-            raise RunError(f"--batch {config.batch} is too much memory: try {half}.") from None
-        params = jax.device_get(progress.state.params)  # each process measures by itself
-        metrics = measure(config, net, params, dataset, out, log)
-        write_json(out / "result.json", result_row(config, argv, progress, metrics, dataset))
-        print(f"pictures, log and result.json are in {out}")
+    """The whole program; raises Stop or data.DataError."""
+    verb, folder, flags = parse(argv)
+    try:
+        device = hardware()
+    except RuntimeError as error:
+        text = f"JAX finds no device ({str(error).splitlines()[0]}): unset JAX_PLATFORMS"
+        raise Stop(2, f"{text}, or name one that is here, such as JAX_PLATFORMS=cpu.") from None
+    if verb == "sample":
+        return sample_again(folder, flags)
+    if verb == "prior":
+        here = {"preset": "prior", "out": str(folder / "prior")}
+        flags = {"data_dir": read_config(folder).data_dir, **flags, **here}
+    config = configure(flags) if verb in ("train", "prior") else read_config(folder)
+    config = dataclasses.replace(config, **flags)
+    target, minutes = ABOUT[config.preset]
+    why = "" if verb != "train" or "preset" in flags else ", the one for this device"
+    say(f"preset {config.preset}{why}: {config.steps:,} steps of {config.batch} on {device}")
+    say(f"after: {target}; {minutes}")
+    task = make_task(config, folder)
+    if config.batch > len(task.examples):
+        raise Stop(2, f"--batch {config.batch} is more than {len(task.examples)} images.")
+    out = claim(config) if verb in ("train", "prior") else folder
+    if verb == "resume" and (out / "result.json").exists():
+        raise Stop(2, f"the run in {out} is finished: measure it again with --eval {out}.")
+    say(f"the run is in {out}")
+    progress = load_checkpoint(out, task.like, config)
+    if progress is None:
+        if verb == "eval":
+            raise Stop(1, f"{out} has no checkpoint yet: go on with --resume {out}.")
+        say("preparing the start")
+        progress = Progress(task.init(), [], {}, 0.0, 0.0)
+    try:
+        progress = progress if verb == "eval" else train(config, task, progress, out)
+        metrics, pictures = task.measure(jax.device_get(progress.state.params), progress.log)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        half = max(1, config.batch // 2)
+        raise Stop(1, f"--batch {config.batch} is too much memory: try {half}.") from None
+    except KeyboardInterrupt:
+        raise Stop(130, f"stopped; go on with --resume {out}") from None
+    name = "eval.json" if verb == "eval" else "result.json"
+    write_json(out / name, result_row(config, progress, metrics))
+    return show_result(out, metrics, pictures, config)
+
+
+def make_task(config, folder):
+    """The Task of a configuration; folder: of the VQ-VAE, or of the prior in it, for a prior."""
+    if config.preset != "prior":
+        return vqvae_task(config)
+    return prior_task(config, folder.parent if folder.name == "prior" else folder)
+
+
+def show_result(out, metrics, pictures, config):
+    """Print the metrics, then draw the pictures."""
+    for key, value in metrics.items():
+        if value is not None and key != "perplexity_per_codebook":
+            say(f"  {key:26} {value:.6g}")
+    if config.preset != "prior":
+        mine = config.dataset == "cifar10"
+        say(f"  published: {ABOUT[config.preset][0] if mine else 'nothing, not being CIFAR-10'}")
+    for file, draw in pictures.items():
+        survive(lambda f=file, d=draw: save_figure(out / f, d()), file)
+    say(f"metrics, log and pictures are in {out}")
 
 
 def main(argv=None):
     """Command line: 0 when done, 1 when the run failed, 2 for a wrong command, 128 + signal."""
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except (RunError, data.DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as stop:
-        number, step, out = stop.args
-        print(f"stopped after step {step:,}; go on with --resume {out}", file=sys.stderr)
-        return 128 + number
+        return 0
+    except Stop as stop:
+        code, text = stop.args
+    except data.DataError as error:
+        code, text = 1, error
     except OSError as error:
-        print(f"train.py: {error.filename}: {error.strerror}; nothing deleted.", file=sys.stderr)
-        return 1
+        code, text = 1, f"{error.filename}: {error.strerror}; nothing deleted."
     except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
-        return 130
-    return 0
+        code, text = 130, "stopped."
+    say(f"train.py: {text}", True)
+    return code
 
 
 def keep_memory():
-    """Start this command again under a malloc that keeps what is freed, in huge pages.
-
-    On a CPU, XLA frees its buffers at every step; having the kernel clear them anew takes up to a
-    seventh of it. glibc reads this setting only when a process starts. One that is there stays.
+    """Have malloc keep what is freed, in this program alone: XLA frees its buffers at every step,
+    and having the kernel clear them anew takes up to a seventh of a step on a CPU.
     """
-    settings = ("hugetlb=1", "mmap_max=0", "trim_threshold=10000000000")
-    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        environment = {
-            **os.environ,
-            "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{setting}" for setting in settings),
-        }
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back to the kernel
 
 
 if __name__ == "__main__":
