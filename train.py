@@ -77,7 +77,7 @@ PRESETS = {
     "paper": {},
     "fast": {
         "hidden": 128, "residual": 32, "D": 8, "likelihood": "logistic", "init": "pca",
-        "codebook": "ema", "restart": 0.5, "beta": 16.0, "lr": 1e-3, "warmup": 100, "decay": 0.7,
+        "codebook": "ema", "restart": 0.5, "beta": 16.0, "lr": 1.5e-3, "warmup": 100, "decay": 0.7,
         "batch": 32, "steps": 7_500, "flip": True,
     },
     "notebook": {
