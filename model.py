@@ -586,14 +586,15 @@ def code_features(codebook, N):
 
 
 def neighbours(x):
-    """The four earlier neighbours of each position, beside each other: [B, h, w, C] -> 4 C.
+    """The position before each one in raster order and the three above it: [B, h, w, C] -> 4 C.
 
-    Left, and the three above; zeros beyond the edge. A masked 3x3 convolution is a Dense of them.
+    Zeros beyond the edge. A Dense of them is a masked 3x3 convolution.
     """
-    h, w = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 0), (1, 1), (0, 0)))
-    corners = (1, 0), (0, 0), (0, 1), (0, 2)
-    return jnp.concatenate([x[:, i : i + h, j : j + w] for i, j in corners], -1)
+    (B, h, w, C), edge = x.shape, ((0, 0), (1, 0), (1, 1), (0, 0))
+    before = jnp.pad(x.reshape(B, h * w, C), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    above = jnp.pad(x, edge)[:, :h]  # [B, h, w + 2, C]
+    three = [above[:, :, i : i + w] for i in range(3)]
+    return jnp.concatenate([before.reshape(x.shape), *three], -1)
 
 
 class Block(nn.Module):

@@ -45,6 +45,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import data
 import model
 import quantize
+from data import atomic, import_matplotlib, say
 
 SHOWN = 16  # test images in the pictures
 START_IMAGES = 4000  # what a data-dependent start looks at
@@ -84,17 +85,16 @@ PRESETS = {
         "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
         "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
     },
-    "prior": {"lr": 1e-3, "warmup": 200, "decay": 0.8, "batch": 32, "steps": 4_000},
+    "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 32, "steps": 2_500},
 }  # fmt: skip
 
 # What a preset is after, where that number comes from, and how long it takes.
 ABOUT = {
-    "paper": ("4.67 bits/dim (arXiv 1711.00937, section 4.1)", "hours on a GPU, weeks on a CPU"),
+    "paper": ("4.67 bits/dim (arXiv 1711.00937)", "hours on a GPU, weeks on a CPU"),
     "fast": ("4.67 bits/dim (arXiv 1711.00937)", "12 minutes of training on 2 cores"),
-    "notebook": ("normalised MSE .056 (DeepMind's notebook, on training batches)",
-                 "10 minutes on 2 cores"),
+    "notebook": ("normalised MSE .056 (DeepMind's notebook)", "10 minutes on 2 cores"),
     "prior": ("fewer bits for the codes than under a unigram prior", "20 minutes on 2 cores"),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Config:
     beta: float = flag(0.25, "weight of the commitment loss", None, 0.0, 1e6)
     # Of a prior:
     width: int = flag(256, "prior: channels of its transformer", None, 2, 8192)
-    layers: int = flag(4, "prior: blocks of its transformer", None, 1, 100)
-    heads: int = flag(4, "prior: attention heads", None, 1, 1024)
+    layers: int = flag(2, "prior: blocks of its transformer", None, 0, 100)
+    heads: int = flag(8, "prior: attention heads", None, 1, 1024)
     dropout: float = flag(0.0, "prior: part of the activations dropped", None, 0.0, 0.9)
     temperature: float = flag(1.0, "prior: of its samples", None, TINY, 100.0)
     count: int = flag(64, "prior: samples in a grid", None, 1, 10_000)
@@ -668,7 +668,8 @@ def sample_again(run, flags):
     images = sample(config, prior.state.params, (vqvae, net, progress.state.params))
     words = f"seed {config.seed}, temperature {config.temperature:g}"
     file = run / "prior" / f"samples-{words}.png".replace(", ", "-").replace(" ", "-")
-    save_figure(file, samples_figure(images, None, words))
+    with atomic(file) as png:
+        samples_figure(images, None, words).savefig(png, dpi=150)
     say(f"{config.count} samples are in {file}")
 
 
@@ -685,9 +686,7 @@ LABELS = {
 
 def new_figure(width, height, title):
     """An empty figure, sizes in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = import_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=12, wrap=True)
     return figure
 
@@ -749,7 +748,7 @@ def curves_figure(log, key, held_out, published, title):
     axes[0].plot(step, held_out, "o", color="C3", label=f"held out: {held_out:.4g}")
     if published is not None:
         axes[0].axhline(published, color="0.3", ls="--", label=f"published: {published:g}")
-    axes[0].legend(loc="upper right")
+    axes[0].legend()
     return figure
 
 
@@ -802,19 +801,6 @@ def samples_figure(learned, unigram, title):
 # What a run leaves on disk
 
 
-@contextlib.contextmanager
-def atomic(path):
-    """Yields a new file's name beside `path` and moves it there: nobody sees half a file."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def survive(write, what):
     """Do a write; when the disk refuses, say so and let the run go on."""
     try:
@@ -825,14 +811,8 @@ def survive(write, what):
 
 def write_json(path, value):
     """Write one JSON object, indented."""
-    with atomic(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def save_figure(path, figure):
-    """Write a matplotlib figure as PNG."""
-    with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=150)
+    with atomic(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def settings(config):
@@ -882,8 +862,8 @@ def save_checkpoint(out, progress, config):
     state = flax.serialization.to_state_dict(jax.device_get(progress.state))
     content = {**progress._asdict(), "state": state, "config": fingerprint(config)}
     payload = flax.serialization.msgpack_serialize(content)
-    with atomic(out / f"checkpoint-{step:09d}.msgpack") as part:
-        part.write_bytes(hashlib.sha256(payload).digest() + payload)
+    with atomic(out / f"checkpoint-{step:09d}.msgpack") as file:
+        file.write(hashlib.sha256(payload).digest() + payload)
     for old in checkpoints(out)[2:]:
         old.unlink()
 
@@ -928,6 +908,13 @@ def load(run):
     return config, net, progress
 
 
+def refuse_taken(out):
+    """Raises Stop for a run folder that somebody else's files are in."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        text = f"{out} is not empty: --resume {out} goes on; or name another --out, or move it."
+        raise Stop(2, text)
+
+
 def claim(config):
     """Make the folder of a new run. Its config.json is made first, and nobody can make it twice.
 
@@ -936,28 +923,20 @@ def claim(config):
     for n in itertools.count(1):
         out = Path(config.out or f"runs/{config.preset}-{n}")
         try:
+            refuse_taken(out)
             out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
-                raise FileExistsError
             with open(out / "config.json", "x") as file:
                 json.dump(settings(config), file, indent=1)
             return out
-        except FileExistsError:
+        except (Stop, FileExistsError):
             if config.out:
-                text = f"{out} is not empty: name a new folder with --out, or --resume {out}."
-                raise Stop(2, text) from None
+                raise Stop(2, f"{out} is not empty: another run took it; name another --out.") from None
         except OSError as error:
             text = f"cannot write to {out} ({error.strerror}): name another folder with --out."
             raise Stop(2, text) from None
 
 
 # What it prints
-
-
-def say(text, error=False, end="\n"):
-    """Print a line; when whoever read it has gone, the run goes on."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr if error else sys.stdout, flush=True, end=end)
 
 
 @contextlib.contextmanager
@@ -1102,8 +1081,9 @@ def run(argv):
     verb, folder, flags = parse(argv)
     try:
         device = hardware()
-    except RuntimeError as error:
-        text = f"JAX finds no device ({str(error).splitlines()[0]}): unset JAX_PLATFORMS"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0] or "its plugin is missing"
+        text = f"JAX finds no device ({reason}): unset JAX_PLATFORMS"
         raise Stop(2, f"{text}, or name one that is here, such as JAX_PLATFORMS=cpu.") from None
     if verb == "sample":
         return sample_again(folder, flags)
@@ -1113,9 +1093,12 @@ def run(argv):
     config = configure(flags) if verb in ("train", "prior") else read_config(folder)
     config = dataclasses.replace(config, **flags)
     target, minutes = ABOUT[config.preset]
-    why = "" if verb != "train" or "preset" in flags else ", the one for this device"
+    here = "a CPU" if jax.default_backend() == "cpu" else "a GPU"
+    why = "" if verb != "train" or "preset" in flags else f", the one for {here}"
     say(f"preset {config.preset}{why}: {config.steps:,} steps of {config.batch} on {device}")
-    say(f"after: {target}; {minutes}")
+    say(f"after: {target}; takes {minutes}")
+    if verb in ("train", "prior") and config.out:
+        refuse_taken(Path(config.out))  # before the wait
     task = make_task(config, folder)
     if config.batch > len(task.examples):
         raise Stop(2, f"--batch {config.batch} is more than {len(task.examples)} images.")
@@ -1159,8 +1142,12 @@ def show_result(out, metrics, pictures, config):
     if config.preset != "prior":
         mine = config.dataset == "cifar10"
         say(f"  published: {ABOUT[config.preset][0] if mine else 'nothing, not being CIFAR-10'}")
-    for file, draw in pictures.items():
-        survive(lambda f=file, d=draw: save_figure(out / f, d()), file)
+    for name, draw in pictures.items():
+        try:
+            with atomic(out / name) as file:
+                draw().savefig(file, dpi=150)
+        except Exception as error:  # whatever it is, the numbers above stand
+            say(f"could not draw {name} ({error!r}): --eval {out} draws it again.", True)
     say(f"metrics, log and pictures are in {out}")
 
 
