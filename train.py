@@ -91,7 +91,7 @@ PRESETS = {
 # What a preset is after, where that number comes from, and how long it takes.
 ABOUT = {
     "paper": ("4.67 bits/dim (arXiv 1711.00937)", "hours on a GPU, weeks on a CPU"),
-    "fast": ("4.67 bits/dim (arXiv 1711.00937)", "12 minutes of training on 2 cores"),
+    "fast": ("4.67 bits/dim (arXiv 1711.00937)", "10 minutes of training on 2 cores"),
     "notebook": ("normalised MSE .056 (DeepMind's notebook)", "10 minutes on 2 cores"),
     "prior": ("fewer bits for the codes than under a unigram prior", "20 minutes on 2 cores"),
 }
@@ -930,7 +930,8 @@ def claim(config):
             return out
         except (Stop, FileExistsError):
             if config.out:
-                raise Stop(2, f"{out} is not empty: another run took it; name another --out.") from None
+                text = f"{out} is not empty: another run took it; name another --out."
+                raise Stop(2, text) from None
         except OSError as error:
             text = f"cannot write to {out} ({error.strerror}): name another folder with --out."
             raise Stop(2, text) from None
