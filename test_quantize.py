@@ -57,7 +57,7 @@ ROOMY = {**TINY, "hidden": model.ROOM, "init": "pca"}  # the least that a patch 
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Ctrl-C and a hang-up do what they do in a terminal, also under nohup and in the background."""
+    """Ctrl-C does what it does in a terminal, also in tests that a shell runs on the side."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
