@@ -401,6 +401,7 @@ def test_fsq_trains_all_but_its_codebook(codebook):
     assert not np.any(grads["codebook"])
 
 
+@slow
 def test_the_rotation_trick_trains(monkeypatch):
     """`--gradient rotation` is the function above, and the loss falls with it."""
     used = []
@@ -929,6 +930,7 @@ def test_the_start_is_far_below_a_stock_start(likelihood):
     assert bits["pca"] < bits["random"] - 1.5 and bits["pca"] < 6.5, bits
 
 
+@slow
 def test_the_start_in_bfloat16_stays_close():
     images, shown = photos(100), {}
     for dtype in ("float32", "bfloat16"):
@@ -942,6 +944,7 @@ def test_the_start_in_bfloat16_stays_close():
     assert 0 < away.mean() < 1 and away.max() < 10  # grey levels
 
 
+@slow
 def test_the_start_on_a_grid_uses_it():
     """Under fsq the coefficients are scaled to the grid that cannot move."""
     config, net = tiny("fast", **{**ROOMY, "quantizer": "fsq", "K": 81})
@@ -1317,7 +1320,7 @@ def prior_learner(codebook, codes):
     return before, float(step(params, opt, held)[2])
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 2), (3, 2, 1)])
+@pytest.mark.parametrize("shape", [(2, 3, 2), pytest.param((3, 2, 1), marks=slow)])
 def test_a_code_sees_only_earlier_codes(shape):
     """Bit for bit; h and w differ, so that a mix-up of rows and columns would show."""
     K, (h, w, N) = 5, shape
@@ -1347,7 +1350,10 @@ def test_positions_are_told_apart_by_row_and_column():
     assert len(np.unique(inner.round(4), axis=0)) == len(inner)
 
 
-@pytest.mark.parametrize(("S", "N", "D"), [(1, 1, 1), (1, 3, 64), (2, 2, 8)])
+@pytest.mark.parametrize(
+    ("S", "N", "D"),
+    [pytest.param(1, 1, 1, marks=slow), (1, 3, 64), pytest.param(2, 2, 8, marks=slow)],
+)
 def test_sizes_of_codebooks(S, N, D):
     prior, params, codebook = small_prior(7, (2, 2, N), S=S, D=D)
     codes = jax.random.randint(jax.random.key(0), (2, 2, 2, N), 0, 7)
@@ -1358,7 +1364,9 @@ def test_sizes_of_codebooks(S, N, D):
     assert e.shape == (N, 7, D) and features.shape == (N, 7, D + (D * (D + 1) // 2 if D < 9 else D))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(t, marks=slow) for t in (np.uint8, np.int32)] + [np.uint16]
+)
 def test_codes_above_255_and_dtypes_of_codes(dtype):
     K = 256 if dtype == np.uint8 else 512
     prior, params, codebook = small_prior(K, (1, 2, 2))
@@ -1451,6 +1459,7 @@ def test_learns_structure_and_invents_none():
     assert before - 0.01 < after < before + 0.05
 
 
+@slow
 def test_half_precision_agrees():
     prior, params, codebook = small_prior(5, (2, 2, 2))
     codes = jax.random.randint(jax.random.key(0), (3, 2, 2, 2), 0, 5)
