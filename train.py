@@ -347,20 +347,23 @@ def train(config, task, progress, out):
             state, metrics = compiled[count](state, examples, index)
             waiting.append(metrics)
             step += count
+            stopping = bool(caught)  # once: what is said to be saved has been saved
 
             logs = step % config.log_every == 0 or step == config.steps
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-            if logs or due or caught:
+            if logs or due or stopping:
                 progress, waiting = collect(progress, state, waiting, clock), []
                 check_finite(config, progress.pending, step)
                 progress = write_log(out, step, progress) if logs else progress
-                if due or caught or step == config.steps:
+                if due or stopping or step == config.steps:
                     survive(lambda p=progress: save_checkpoint(out, p, config), "the checkpoint")
                     saved = time.monotonic()
                 clock = time.perf_counter()
             show(step, describe(progress.log[-1]) if progress.log else "")
-            if caught:
+            if stopping:
                 raise Stop(128 + caught[0], f"stopped after step {step:,}; go on: --resume {out}")
+    if caught:  # while the last step was shown
+        raise Stop(128 + caught[0], f"stopped after step {step:,}; go on: --resume {out}")
     return progress
 
 
