@@ -1488,20 +1488,8 @@ def test_the_prior_of_a_run(finished, tmp_path, capsys):
     assert (runs[0] / "prior" / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert "width" in json.loads((runs[0] / "prior" / "config.json").read_text())
 
-    stopped = iter([False] * 3 + [True] * 99)
-
-    @contextlib.contextmanager
-    def stop(text, total, done):
-        yield (
-            lambda done, words: (
-                os.kill(os.getpid(), signal.SIGTERM)
-                if text == "training" and next(stopped)
-                else None
-            )
-        )
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "bar", stop)
+        at_step(patch, send(signal.SIGTERM), 3)
         assert train.main([f"--prior={runs[1]}", *small, "--steps=6"]) == 143
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **style: None)
