@@ -255,10 +255,14 @@ def logistic_nll(x, mean, log_scale):
     With s the logistic function, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): no cancellation.
     """
     inverse = jnp.exp(-jnp.clip(log_scale + math.log(GREY), -4, 6))
-    above = jnp.where(x < 255, nn.log_sigmoid((x + 0.5 - mean) * inverse), 0.0)
-    below = jnp.where(x > 0, nn.log_sigmoid((mean - x + 0.5) * inverse), 0.0)
-    inner = jnp.where((x > 0) & (x < 255), jnp.log(-jnp.expm1(-inverse)), 0.0)
-    return -(above + below + inner)
+
+    def minus_log(a):  # -log s(a); nn.log_sigmoid, nn.softplus and expm1 are slow on a CPU
+        return jnp.maximum(-a, 0) + jnp.log(1 + jnp.exp(-jnp.abs(a)))
+
+    above = jnp.where(x < 255, minus_log((x + 0.5 - mean) * inverse), 0.0)
+    below = jnp.where(x > 0, minus_log((mean - x + 0.5) * inverse), 0.0)
+    inner = jnp.where((x > 0) & (x < 255), jnp.log(1 - jnp.exp(-inverse)), 0.0)
+    return above + below - inner
 
 
 def gaussian(outputs, images, variance):
