@@ -1256,9 +1256,9 @@ def test_curves_show_the_end_of_long_and_of_short_logs(key):
     low, high = axis.get_ylim()
     assert 0 < low < 4.5 and 5 < high < 6  # the first lines, 10000 and less, leave the panel
     np.testing.assert_array_equal(axis.lines[0].get_ydata(), [line[key] for line in log])
-    assert [line.get_label() for line in axis.lines[1:]] == ["held out: 5", "published: 4.5"]
+    assert [line.get_label() for line in axis.lines[1:]] == ["measured: 5", "published: 4.5"]
     alone = train.curves_figure(log, key, 5.0, None, "title").axes[0]
-    assert [line.get_label() for line in alone.lines] == ["training", "held out: 5"]
+    assert [line.get_label() for line in alone.lines] == ["training", "measured: 5"]
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (5, 3), (64, 8), (1, 100)])

@@ -78,8 +78,8 @@ PRESETS = {
     "paper": {},
     "fast": {
         "hidden": 128, "residual": 32, "D": 8, "likelihood": "logistic", "init": "pca",
-        "codebook": "ema", "restart": 0.5, "beta": 16.0, "lr": 1.5e-3, "warmup": 100, "decay": 0.7,
-        "batch": 32, "steps": 7_500, "flip": True,
+        "codebook": "ema", "restart": 0.25, "beta": 16.0, "lr": 1.2e-3, "warmup": 100, "decay": 0.7,
+        "batch": 16, "steps": 17_500, "flip": True,
     },
     "notebook": {
         "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
@@ -748,7 +748,7 @@ def curves_figure(log, key, held_out, published, title):
         axis.set_ylim(min(seen, default=0) - room, max(seen, default=0) + room)
     step, seconds = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0)
     axes[0].set_xlabel(f"step ({seconds / 60:.1f} minutes of training in all)")
-    axes[0].plot(step, held_out, "o", color="C3", label=f"held out: {held_out:.4g}")
+    axes[0].plot(step, held_out, "o", color="C3", label=f"measured: {held_out:.4g}")
     if published is not None:
         axes[0].axhline(published, color="0.3", ls="--", label=f"published: {published:g}")
     axes[0].legend()
@@ -891,7 +891,8 @@ def load_checkpoint(out, like, config):
                         return Progress(state=state, **saved)
         say(f"{file} {wrong}; looking for the one before it.", True)
     if checkpoints(out):
-        raise Stop(1, f"no checkpoint in {out} is good: start anew with another --out.")
+        text = f"no checkpoint in {out} is good: move it away, or name another --out,"
+        raise Stop(1, f"{text} and start anew.")
     return None
 
 
@@ -914,8 +915,7 @@ def load(run):
 def refuse_taken(out):
     """Raises Stop for a run folder that somebody else's files are in."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        text = f"{out} is not empty: --resume {out} goes on; or name another --out, or move it."
-        raise Stop(2, text)
+        raise Stop(2, f"{out} is not empty: go on with --resume {out}, or move it away.")
 
 
 def claim(config):
@@ -933,8 +933,7 @@ def claim(config):
             return out
         except (Stop, FileExistsError):
             if config.out:
-                text = f"{out} is not empty: another run took it; name another --out."
-                raise Stop(2, text) from None
+                raise Stop(2, f"{out} is not empty: another run took it.") from None
         except OSError as error:
             text = f"cannot write to {out} ({error.strerror}): name another folder with --out."
             raise Stop(2, text) from None
