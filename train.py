@@ -79,7 +79,7 @@ PRESETS = {
     "fast": {
         "hidden": 128, "residual": 32, "D": 8, "likelihood": "logistic", "init": "pca",
         "codebook": "ema", "restart": 0.25, "beta": 16.0, "lr": 1.2e-3, "warmup": 100, "decay": 0.7,
-        "batch": 16, "steps": 17_500, "flip": True,
+        "batch": 16, "steps": 16_500, "flip": True,
     },
     "notebook": {
         "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
