@@ -377,7 +377,7 @@ def test_fsq_names_the_lengths_that_fit(K):
         tiny(quantizer="fsq", K=K, D=100)
 
 
-@pytest.mark.parametrize("codebook", ["gradient", "ema"])
+@pytest.mark.parametrize("codebook", ["ema", pytest.param("gradient", marks=slow)])
 def test_fsq_trains_all_but_its_codebook(codebook):
     restart = {"restart": 1.0} if codebook == "ema" else {}
     config, net = tiny(quantizer="fsq", codebook=codebook, lr=1e-2, blocks=0, **restart)
@@ -514,22 +514,22 @@ def test_parameter_counts():
     assert count("paper", shared=True) == encoder + decoder + 512 * 64
 
 
-def test_no_shared_blocks_and_every_parameter_learns():
+@pytest.mark.parametrize("preset", ["notebook", pytest.param("paper", marks=slow)])
+def test_no_shared_blocks_and_every_parameter_learns(preset):
     """Guards 4 and 9: two blocks are two sets of weights; each parameter gets a gradient."""
-    for preset in ("paper", "notebook"):
-        config, net = tiny(preset, blocks=2)
-        images = pictures()
-        params = train.init_state(config, net, images).params
-        first, second = (params["decoder"][f"Residual_{i}"]["Conv_0"]["kernel"] for i in range(2))
-        assert not np.array_equal(first, second)
-        params = jax.tree.map(lambda p: jnp.where(p.any(), p, 0.01), params)  # zero at the start
+    config, net = tiny(preset, blocks=2)
+    images = pictures()
+    params = train.init_state(config, net, images).params
+    first, second = (params["decoder"][f"Residual_{i}"]["Conv_0"]["kernel"] for i in range(2))
+    assert not np.array_equal(first, second)
+    params = jax.tree.map(lambda p: jnp.where(p.any(), p, 0.01), params)  # zero at the start
 
-        def loss(params, net=net, images=images):
-            outputs, _, q = net.apply({"params": params}, images)
-            return (outputs**2).mean() + q.codebook_loss + q.commitment_loss
+    def loss(params):
+        outputs, _, q = net.apply({"params": params}, images)
+        return (outputs**2).mean() + q.codebook_loss + q.commitment_loss
 
-        for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
-            assert np.abs(grad).max() > 0, path
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        assert np.abs(grad).max() > 0, path
 
 
 def test_encode_and_decode_agree_with_the_forward_pass():
@@ -833,8 +833,8 @@ def unquantised(net, params, likelihood, images):
 
     @jax.jit
     def through(params, images):
-        z_e = apply(net, params, images, method="encode")
-        outputs = apply(net, params, z_e, method="decode")
+        z_e = net.apply({"params": params}, images, method="encode")
+        outputs = net.apply({"params": params}, z_e, method="decode")
         return model.LIKELIHOODS[likelihood].loss(outputs, images, 1.0)[1]
 
     return np.asarray(through(params, images))
@@ -1085,16 +1085,19 @@ def test_the_step_of_a_gpu_can_be_compiled_for_one(preset, monkeypatch):
     assert all(p.dtype == np.float32 for p in jax.tree.leaves(after.params))
 
 
-def test_train_and_test_metrics_are_one_metric():
+@pytest.mark.parametrize(
+    "likelihood, name",
+    [("logistic", "bits_per_dim"), pytest.param("gaussian", "nmse", marks=slow)],
+)
+def test_train_and_test_metrics_are_one_metric(likelihood, name):
     """Guard 11: the same images and parameters give the same figure in training and in a test."""
-    for likelihood, name in (("gaussian", "nmse"), ("logistic", "bits_per_dim")):
-        config, net = tiny(likelihood=likelihood, blocks=0)
-        dataset = data.Dataset(pictures(), pictures(), "noise", "test")
-        state = train.init_state(config, net, dataset.train)
-        step = jax.jit(train.make_train_step(config, net, dataset.variance()))
-        _, metrics = step(state, dataset.train)
-        measured, _, _ = train.evaluate(config, net, state.params, dataset)
-        assert measured[name] == pytest.approx(float(metrics[name]), rel=1e-5)
+    config, net = tiny(likelihood=likelihood, blocks=0)
+    dataset = data.Dataset(pictures(), pictures(), "noise", "test")
+    state = train.init_state(config, net, dataset.train)
+    step = jax.jit(train.make_train_step(config, net, dataset.variance()))
+    _, metrics = step(state, dataset.train)
+    measured, _, _ = train.evaluate(config, net, state.params, dataset)
+    assert measured[name] == pytest.approx(float(metrics[name]), rel=1e-5)
 
 
 def test_evaluation_by_hand_over_every_image():
@@ -1698,7 +1701,8 @@ def test_a_loaded_run_codes_and_decodes(finished):
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    "number, code",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=slow)],
 )
 def test_stopped_and_resumed(finished, tmp_path, monkeypatch, capsys, number, code):
     """A signal at step 4, between two log lines, saves; the resumed run ends as if left alone."""
@@ -1890,7 +1894,9 @@ def test_full_disk(finished, tmp_path, monkeypatch, capsys):
     assert read_result(tmp_path / "run") == read_result(finished)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), ValueError("no such backend"), RuntimeError()])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), pytest.param(ValueError("no such backend"), marks=slow)]
+)
 def test_a_picture_that_fails_loses_nothing(finished, tmp_path, monkeypatch, capsys, error):
     """The result is written before it, the other pictures after it; the exit code is 0."""
     seen = []
@@ -2748,7 +2754,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(
-    "fault", ["missing", *(pytest.param(fault, marks=slow) for fault in BROKEN if fault != "missing")]
+    "fault",
+    ["missing", *(pytest.param(fault, marks=slow) for fault in BROKEN if fault != "missing")],
 )
 def test_no_torchvision(cifar, tmp_path, fault):
     """One sentence says what to type and what goes without; a cache does."""
