@@ -928,7 +928,8 @@ def test_the_start_is_far_below_a_stock_start(likelihood):
     images, bits = photos(300), {}
     held = data.Dataset(images, images[:100], "photo", "test")
     for init in ("pca", "random"):
-        changes = {**ROOMY, "init": init, "likelihood": likelihood, "blocks": 0}
+        sizes = {"slots": 4, "K": 32, "blocks": 0}
+        changes = {**ROOMY, **sizes, "init": init, "likelihood": likelihood}
         config, net = tiny("fast", **changes)
         params = train.init_state(config, net, images).params
         bits[init] = train.evaluate(config, net, params, held)[0]["bits_per_dim"]
