@@ -361,8 +361,8 @@ def train(config, task, progress, out):
                 clock = time.perf_counter()
             show(step, describe(progress.log[-1]) if progress.log else "")
             if stopping:
-                raise Stop(128 + caught[0], f"stopped after step {step:,}; go on: --resume {out}")
-    if caught:  # while the last step was shown
+                break
+    if caught:
         raise Stop(128 + caught[0], f"stopped after step {step:,}; go on: --resume {out}")
     return progress
 
@@ -933,7 +933,7 @@ def claim(config):
             return out
         except (Stop, FileExistsError):
             if config.out:
-                raise Stop(2, f"{out} is not empty: another run took it.") from None
+                raise Stop(2, f"{out} is not empty: another run took it; move it away.") from None
         except OSError as error:
             text = f"cannot write to {out} ({error.strerror}): name another folder with --out."
             raise Stop(2, text) from None
