@@ -377,7 +377,8 @@ def test_fsq_names_the_lengths_that_fit(K):
         tiny(quantizer="fsq", K=K, D=100)
 
 
-@pytest.mark.parametrize("codebook", ["ema", pytest.param("gradient", marks=slow)])
+@slow
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_fsq_trains_all_but_its_codebook(codebook):
     restart = {"restart": 1.0} if codebook == "ema" else {}
     config, net = tiny(quantizer="fsq", codebook=codebook, lr=1e-2, blocks=0, **restart)
@@ -504,8 +505,8 @@ def test_parameter_counts():
     encoder = conv(4, 3, 64) + conv(4, 64, 128) + conv(3, 128, 128) + 2 * block + conv(1, 128, 64)
     decoder = conv(3, 64, 128) + 2 * block + conv(4, 128, 64) + conv(4, 64, 3)
     assert count("notebook") == encoder + decoder + 512 * 64
-    encoder = conv(4, 3, 128) + conv(4, 128, 128) + 2 * block + conv(1, 128, 80)
-    decoder = conv(1, 80, 128) + 2 * block + conv(4, 128, 128) + conv(4, 128, 6)
+    encoder = conv(4, 3, 64) + conv(4, 64, 128) + conv(3, 128, 128) + 2 * block + conv(1, 128, 80)
+    decoder = conv(3, 80, 128) + 2 * block + conv(4, 128, 64) + conv(4, 64, 6)
     assert count("fast") == encoder + decoder + 10 * 512 * 8
     block = conv(3, 256, 256) + conv(1, 256, 256)
     encoder = conv(4, 3, 256) + conv(4, 256, 256) + 2 * block + conv(1, 256, 640)
@@ -921,9 +922,8 @@ def test_the_start_has_codebooks_of_means(shared):
     assert np.isfinite(after).all() and error.mean() < 1.1 * after.mean()
 
 
-@pytest.mark.parametrize("likelihood", [
-    "logistic", *(pytest.param(name, marks=slow) for name in ("colours", "categorical"))
-])  # fmt: skip
+@slow
+@pytest.mark.parametrize("likelihood", ["logistic", "colours", "categorical"])
 def test_the_start_is_far_below_a_stock_start(likelihood):
     images, bits = photos(300), {}
     held = data.Dataset(images, images[:100], "photo", "test")
@@ -1456,6 +1456,7 @@ def test_dropout_only_in_training():
     assert (run(1, True) != run(2, True)).any() and (run(1, True) == run(1, True)).all()
 
 
+@slow
 def test_learns_structure_and_invents_none():
     """Codes that copy the left neighbour or the slot before, nine times in ten; then shuffled."""
     K, rng = 8, np.random.default_rng(0)
@@ -1703,7 +1704,11 @@ def test_a_loaded_run_codes_and_decodes(finished):
 
 @pytest.mark.parametrize(
     "number, code",
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=slow)],
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=slow),
+        pytest.param(signal.SIGHUP, 129, marks=slow),
+    ],
 )
 def test_stopped_and_resumed(finished, tmp_path, monkeypatch, capsys, number, code):
     """A signal at step 4, between two log lines, saves; the resumed run ends as if left alone."""
@@ -1771,6 +1776,7 @@ def test_another_thread_can_run_it(finished, tmp_path):
     equal(finished, tmp_path / "run")
 
 
+@slow
 def test_a_run_leaves_its_process_as_it_was(tmp_path):
     """Signal handlers, streams, environment, JAX's and matplotlib's settings, current folder."""
 
@@ -1980,6 +1986,7 @@ def test_a_file_system_without_locks(finished, tmp_path, monkeypatch):
     equal(finished, tmp_path / "run")
 
 
+@slow
 def test_a_bad_data_folder_leaves_nothing(tmp_path, monkeypatch, capsys):
     """The same command works once the data are there."""
     out = tmp_path / "run"
@@ -2197,7 +2204,8 @@ def test_the_real_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("reader", ["full", *(pytest.param(n, marks=slow) for n in ("gone", "no"))])
+@slow
+@pytest.mark.parametrize("reader", ["full", "gone", "no"])
 def test_nobody_reads_what_it_prints(tmp_path, reader):
     """A reader that has gone, a full disk behind stdout, no stdout: the run ends as it should.
 
@@ -2564,7 +2572,7 @@ FAULTS = ["flipped", "empty", "other images", "other shape", "pickle", "a folder
 
 
 @pytest.mark.parametrize(
-    "fault", ["truncated", "unreadable", *(pytest.param(fault, marks=slow) for fault in FAULTS)]
+    "fault", ["truncated", *(pytest.param(fault, marks=slow) for fault in ["unreadable", *FAULTS])]
 )
 def test_a_faulty_cache_is_made_anew(cifar, monkeypatch, capsys, fault):
     """Where the batches are there it is only a cache; one line says so."""
@@ -2754,10 +2762,8 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["missing", *(pytest.param(fault, marks=slow) for fault in BROKEN if fault != "missing")],
-)
+@slow
+@pytest.mark.parametrize("fault", BROKEN)
 def test_no_torchvision(cifar, tmp_path, fault):
     """One sentence says what to type and what goes without; a cache does."""
     (tmp_path / "broken").mkdir()
