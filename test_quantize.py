@@ -2475,7 +2475,6 @@ def read_only(folder, monkeypatch):
     monkeypatch.setattr("builtins.open", opened)
 
 
-@slow
 @pytest.mark.parametrize("source", ["batches", "tarball"])
 def test_a_read_only_data_folder(cifar, monkeypatch, capsys, source):
     """One line says that there is no cache; a tarball is unpacked elsewhere."""
@@ -2502,7 +2501,6 @@ def test_a_read_only_folder_without_data(tmp_path, monkeypatch, capsys, below):
     assert printed.err.count("\n") == 1 and "fetching" not in printed.out
 
 
-@slow
 def test_a_full_disk_takes_no_cache(cifar, monkeypatch, capsys):
     def full(file, **arrays):
         file.write(b"half")
@@ -2513,7 +2511,6 @@ def test_a_full_disk_takes_no_cache(cifar, monkeypatch, capsys):
     assert "No space left" in "".join(capsys.readouterr()) and len(list(cifar.iterdir())) == 1
 
 
-@slow
 @pytest.mark.parametrize("source", ["batches", "tarball", "network"])
 def test_runs_started_together(cifar, monkeypatch, source):
     """Each gets whole images, whatever the others write; one cache is left and nothing else.
@@ -2573,9 +2570,7 @@ def spoil(cache, fault):
 FAULTS = ["flipped", "empty", "other images", "other shape", "pickle", "a folder"]
 
 
-@pytest.mark.parametrize(
-    "fault", ["truncated", *(pytest.param(fault, marks=slow) for fault in ["unreadable", *FAULTS])]
-)
+@pytest.mark.parametrize("fault", ["truncated", "unreadable", *FAULTS])
 def test_a_faulty_cache_is_made_anew(cifar, monkeypatch, capsys, fault):
     """Where the batches are there it is only a cache; one line says so."""
     images_of(cifar)
@@ -2593,7 +2588,6 @@ def test_a_faulty_cache_is_made_anew(cifar, monkeypatch, capsys, fault):
         images_of(cifar)
 
 
-@slow
 @pytest.mark.parametrize("fault", ["truncated", *FAULTS])
 def test_a_faulty_cache_alone_is_an_error(cifar, capsys, fault):
     cache = cifar / "cifar10.npz"
@@ -2621,7 +2615,6 @@ def test_no_flipped_bit_of_a_cache_passes(tmp_path, monkeypatch):
             np.testing.assert_array_equal(images, right)
 
 
-@slow
 def test_the_folder_of_the_batches_will_do(cifar, monkeypatch):
     images_of(cifar / "cifar-10-batches-py")
     assert (cifar / "cifar10.npz").exists()  # where the next start finds it, by either name
@@ -2631,14 +2624,12 @@ def test_the_folder_of_the_batches_will_do(cifar, monkeypatch):
     images_of(cifar)
 
 
-@slow
 def test_tilde_is_the_home(cifar, monkeypatch):
     monkeypatch.setenv("HOME", str(cifar.parent))
     assert len(data.load("cifar10", f"~/{cifar.name}", False).train) == 5 * FEW
     assert (cifar / "cifar10.npz").exists()
 
 
-@slow
 def test_a_cache_has_the_mode_that_umask_gives(cifar):
     """Others in a shared folder can read it."""
     before = os.umask(0o022)
@@ -2649,7 +2640,6 @@ def test_a_cache_has_the_mode_that_umask_gives(cifar):
     assert (cifar / "cifar10.npz").stat().st_mode & 0o777 == 0o644
 
 
-@slow
 def test_what_takes_seconds_is_said_first(cifar, monkeypatch, capsys):
     """And a reader who went away, as in `| head`, does not end it."""
     pack(cifar, monkeypatch)
@@ -2663,7 +2653,6 @@ def test_what_takes_seconds_is_said_first(cifar, monkeypatch, capsys):
     assert (cifar / "cifar10.npz").exists()
 
 
-@slow
 def test_a_download(cifar, monkeypatch, capfd):
     """The second server has it. Progress is whole lines; the tarball and the cache are kept."""
     tarball = pack(cifar, monkeypatch)
