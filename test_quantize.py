@@ -505,8 +505,8 @@ def test_parameter_counts():
     encoder = conv(4, 3, 64) + conv(4, 64, 128) + conv(3, 128, 128) + 2 * block + conv(1, 128, 64)
     decoder = conv(3, 64, 128) + 2 * block + conv(4, 128, 64) + conv(4, 64, 3)
     assert count("notebook") == encoder + decoder + 512 * 64
-    encoder = conv(4, 3, 64) + conv(4, 64, 128) + conv(3, 128, 128) + 2 * block + conv(1, 128, 80)
-    decoder = conv(3, 80, 128) + 2 * block + conv(4, 128, 64) + conv(4, 64, 6)
+    encoder = conv(4, 3, 128) + conv(4, 128, 128) + 2 * block + conv(1, 128, 80)
+    decoder = conv(1, 80, 128) + 2 * block + conv(4, 128, 128) + conv(4, 128, 6)
     assert count("fast") == encoder + decoder + 10 * 512 * 8
     block = conv(3, 256, 256) + conv(1, 256, 256)
     encoder = conv(4, 3, 256) + conv(4, 256, 256) + 2 * block + conv(1, 256, 640)

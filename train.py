@@ -77,9 +77,9 @@ DTYPES, INITS = ["auto", "float32", "bfloat16"], ["random", "data", "pca"]
 PRESETS = {
     "paper": {},
     "fast": {
-        "net": "deepmind", "hidden": 128, "residual": 32, "D": 8, "likelihood": "logistic",
-        "init": "pca", "codebook": "ema", "restart": 0.25, "beta": 16.0, "lr": 1.2e-3,
-        "warmup": 100, "decay": 0.7, "batch": 16, "steps": 18_500, "flip": True,
+        "hidden": 128, "residual": 32, "D": 8, "likelihood": "logistic", "init": "pca",
+        "codebook": "ema", "restart": 0.25, "beta": 16.0, "lr": 6e-4, "warmup": 100, "decay": 0.7,
+        "batch": 16, "steps": 17_000, "flip": True,
     },
     "notebook": {
         "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
