@@ -108,7 +108,7 @@ def cifar10(data_dir):
         if os.path.exists(cache):
             try:
                 return read_cache(cache)
-            except Exception as error:  # zipfile and NumPy raise a dozen kinds at damage
+            except Exception as error:  # noqa: BLE001 (zipfile and NumPy raise a dozen kinds)
                 reason = getattr(error, "strerror", None) or "damaged, or not CIFAR-10"
             if not folder.is_dir() and not tarball.exists():
                 raise DataError(f"{cache} cannot be used ({reason}): delete it and start again.")
@@ -140,7 +140,7 @@ def read_batches(folder, tarball):
     try:
         from torchvision.datasets import CIFAR10
         from torchvision.datasets.utils import check_integrity, extract_archive
-    except Exception as error:  # a torchvision made for another torch raises a RuntimeError
+    except Exception as error:  # noqa: BLE001 (RuntimeError where it was made for another torch)
         text = f"torchvision cannot be imported ({error!r}): pip install --upgrade torchvision;"
         raise DataError(f"{text} a cifar10.npz or --dataset photo does without it.") from None
     if not folder.is_dir():
@@ -168,7 +168,7 @@ def download(tarball, source):
             say(f"fetching CIFAR-10 (170 MB) from {url}")
             try:
                 body = fetch(url, source.tgz_md5)
-            except Exception as error:  # servers, proxies and certificates fail in many ways
+            except Exception as error:  # noqa: BLE001 (servers and proxies fail in many ways)
                 reason = repr(error)  # in one line
                 say(f"  no: {reason}")
             else:

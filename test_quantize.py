@@ -338,7 +338,8 @@ def test_rotation_against_its_matrix():
         np.testing.assert_allclose(matrix @ z, e, rtol=1e-6)
         args = jnp.float32(z), jnp.float32(e)
         np.testing.assert_array_equal(quantize.rotation(*args), args[1])
-        grads = jax.grad(lambda z, e, u=upstream: u @ quantize.rotation(z, e), (0, 1))(*args)
+        by_both = jax.grad(lambda z, e, u=upstream: u @ quantize.rotation(z, e), (0, 1))
+        grads = jax.jit(by_both)(*args)
         scale = 1e-4 * np.abs(matrix.T @ upstream).max()
         np.testing.assert_allclose(grads[0], matrix.T @ upstream, atol=scale)
         np.testing.assert_array_equal(grads[1], 0)  # as with straight-through
@@ -718,7 +719,7 @@ def test_wire_against_loops(t):
         expected, edge = np.full(y.shape, 7.0), (t - 2) // 2
         for i, j, a, b in np.ndindex(*(8, 8) if transposed else (4, 4), t, t):
             near, far = (i, j), (2 * i + a - edge, 2 * j + b - edge)
-            into, out = (far, near) if transposed else (near, far)
+            into = far if transposed else near
             if min(far) >= 0 and max(far) < (16 if transposed else 8):
                 pixel = x[0][near if transposed else far][:3]
                 expected[into] += pixel @ block[a, b]
@@ -957,7 +958,7 @@ def test_the_start_on_a_grid_uses_it():
     images = photos(100)
     _, params = begin(net, config, images)
     np.testing.assert_array_equal(params["codebook"], quantize.fsq_grid(None, 2, 81, 4))
-    outputs, z_e, q = apply(net, params, images)
+    outputs, z_e, _ = apply(net, params, images)
     assert 0.3 < np.asarray(z_e)[..., 0, 0].std() < 0.6
     shown = model.logistic(outputs, images, 1.0)[1]
     blank = np.square(images - images.mean((0, 1, 2))).mean()
@@ -1483,48 +1484,54 @@ def test_half_precision_agrees():
     model.sample(prior.clone(dtype=jnp.bfloat16), params, codebook, jax.random.key(0), codes.shape)
 
 
+SMALL_PRIOR = ["--width=16", "--layers=1", "--heads=2", "--batch=8", "--log_every=3", "--count=4"]
+SMALL_PRIOR += ["--steps=6"]
+
+
 def test_the_prior_of_a_run(finished, tmp_path, capsys):
-    """--prior and --sample on a finished run: rows, grids, the three priors; a resumed prior ends
-    with the same parameters; flags that do not belong are refused.
+    """--prior and --sample on a finished run: rows, grids, the three priors; flags that do not
+    belong are refused.
     """
-    runs = [tmp_path / name for name in ("one", "two")]
-    for run in runs:
-        shutil.copytree(finished, run)
-    small = ["--width=16", "--layers=1", "--heads=2", "--batch=8", "--log_every=3", "--count=4"]
-    assert train.main([f"--prior={runs[0]}", *small, "--steps=6"]) == 0
-    row = json.loads((runs[0] / "prior" / "result.json").read_text())
+    run = shutil.copytree(finished, tmp_path / "one")
+    assert train.main([f"--prior={run}", *SMALL_PRIOR]) == 0
+    row = json.loads((run / "prior" / "result.json").read_text())
     bits = [row[f"bits_per_dim_{name}"] for name in ("uniform", "unigram", "prior")]
     code_bits = [row[f"code_bits_per_dim_{name}"] for name in ("uniform", "unigram", "prior")]
     np.testing.assert_allclose(np.diff(bits), np.diff(code_bits), atol=1e-6)
-    vqvae = read_result(runs[0])
+    vqvae = read_result(run)
     before = [vqvae["bits_per_dim"], vqvae["bits_per_dim_unigram"]]
     assert bits[:2] == pytest.approx(before, abs=1e-6)
-    assert (runs[0] / "prior" / "samples.png").read_bytes().startswith(b"\x89PNG")
-    assert "width" in json.loads((runs[0] / "prior" / "config.json").read_text())
+    assert (run / "prior" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert "width" in json.loads((run / "prior" / "config.json").read_text())
 
+    assert train.main([f"--sample={run}", "--count=5", "--seed=3", "--temperature=0.5"]) == 0
+    assert len(list((run / "prior").glob("samples-*.png"))) == 1
+    capsys.readouterr()
+    for command, says in (
+        ([f"--prior={run}"], "not empty"),
+        ([f"--prior={run}", "--K=5"], "--K does not go with --prior"),
+        (["--width=8"], "belongs to --prior"),
+        ([f"--sample={finished}"], "has no prior yet"),
+        ([f"--sample={run}", "--steps=5"], "does not go with --sample"),
+        ([f"--prior={run}", "--width=10", "--heads=4"], "multiple of --heads"),
+    ):
+        assert train.main(command) == 2
+        message = capsys.readouterr().err
+        assert says in message and message.count("\n") == 1
+
+
+@slow
+def test_a_resumed_prior_ends_as_one_left_alone(finished, tmp_path):
+    runs = [shutil.copytree(finished, tmp_path / name) for name in ("one", "two")]
+    assert train.main([f"--prior={runs[0]}", *SMALL_PRIOR]) == 0
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, send(signal.SIGTERM), 3)
-        assert train.main([f"--prior={runs[1]}", *small, "--steps=6"]) == 143
+        assert train.main([f"--prior={runs[1]}", *SMALL_PRIOR]) == 143
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **style: None)
         assert train.main([f"--resume={runs[1] / 'prior'}"]) == 0
     ends = [train.load(run / "prior")[2].state.params for run in runs]
     jax.tree.map(np.testing.assert_array_equal, *ends)
-
-    assert train.main([f"--sample={runs[0]}", "--count=5", "--seed=3", "--temperature=0.5"]) == 0
-    assert len(list((runs[0] / "prior").glob("samples-*.png"))) == 1
-    capsys.readouterr()
-    for command, says in (
-        ([f"--prior={runs[0]}"], "not empty"),
-        ([f"--prior={runs[0]}", "--K=5"], "--K does not go with --prior"),
-        (["--width=8"], "belongs to --prior"),
-        ([f"--sample={finished}"], "has no prior yet"),
-        ([f"--sample={runs[0]}", "--steps=5"], "does not go with --sample"),
-        ([f"--prior={runs[0]}", "--width=10", "--heads=4"], "multiple of --heads"),
-    ):
-        assert train.main(command) == 2
-        message = capsys.readouterr().err
-        assert says in message and message.count("\n") == 1
 
 
 # The program
@@ -1728,6 +1735,7 @@ def test_stopped_and_resumed(finished, tmp_path, monkeypatch, capsys, number, co
     assert f"--eval {run}" in capsys.readouterr().err
 
 
+@slow
 def test_a_run_under_nohup_outlives_its_terminal(finished, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -1767,6 +1775,7 @@ def test_stopped_while_measuring(finished, tmp_path, monkeypatch, capsys):
     equal(finished, run)
 
 
+@slow
 def test_another_thread_can_run_it(finished, tmp_path):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(start(tmp_path)))
@@ -1799,11 +1808,11 @@ def test_damaged_checkpoint(finished, tmp_path, capsys):
     """It is named, the run goes on from the one before, nothing is deleted."""
     assert start(tmp_path, "--checkpoint_minutes=1e-9", "--log_every=3") == 0
     run = tmp_path / "run"
-    newest, older = train.checkpoints(run)
+    newest, _ = train.checkpoints(run)
     whole = newest.read_bytes()
     for damage in (whole[: len(whole) // 2], b"", whole[:500] + b"x" + whole[501:]):
         newest.write_bytes(damage)
-        config, _, progress = train.load(run)
+        _, _, progress = train.load(run)
         message = capsys.readouterr().err
         assert f"{newest} is damaged" in message and message.count("\n") == 1
         assert int(progress.state.step) == 5 and newest.read_bytes() == damage
@@ -1819,6 +1828,7 @@ def test_damaged_checkpoint(finished, tmp_path, capsys):
     assert [file.read_bytes() for file in train.checkpoints(run)] == [b"nothing"] * 2
 
 
+@slow
 def test_checkpoint_of_another_run(finished, tmp_path, capsys):
     """One that was made with other settings is named, not read."""
     assert start(tmp_path, "--steps=7") == 0
@@ -1851,17 +1861,14 @@ def test_checkpoint_whose_arrays_do_not_fit(copied, capsys):
             assert str(copied) in message and message.count("\n") <= 2
 
 
-def test_a_run_without_a_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_run_without_a_checkpoint(finished, copied, capsys):
     """Stopped before its first one: --eval says so, --resume begins."""
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", lambda *args: None)
-        assert start(tmp_path) == 0
-    run = tmp_path / "run"
-    (run / "result.json").unlink()
-    assert train.main(["--eval", str(run)]) in (1, 2)
-    assert "no checkpoint" in capsys.readouterr().err and not (run / "eval.json").exists()
-    assert train.main(["--resume", str(run)]) == 0
-    assert (run / "result.json").exists()
+    for file in [*train.checkpoints(copied), copied / "result.json"]:
+        file.unlink()
+    assert train.main(["--eval", str(copied)]) in (1, 2)
+    assert "no checkpoint" in capsys.readouterr().err and not (copied / "eval.json").exists()
+    assert train.main(["--resume", str(copied)]) == 0
+    equal(finished, copied)
 
 
 def test_out_of_memory(tmp_path, monkeypatch, capsys):
@@ -2225,6 +2232,7 @@ def test_nobody_reads_what_it_prints(tmp_path, reader):
     assert len(list((tmp_path / "run").glob("*.png"))) == 3
 
 
+@slow
 def test_the_bar_on_a_terminal_of_80_columns(tmp_path):
     """Step, bar, time left and the numbers on one line, drawn over itself, cut nowhere."""
     main, terminal = pty.openpty()
@@ -2531,7 +2539,7 @@ def test_runs_started_together(cifar, monkeypatch, source):
     def run():
         try:
             images_of(cifar)
-        except BaseException as error:  # noqa: B036
+        except BaseException as error:  # noqa: B036, BLE001
             failed.append(error)
 
     monkeypatch.setattr(os, "replace", wait)
@@ -2647,9 +2655,12 @@ def test_what_takes_seconds_is_said_first(cifar, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"reading CIFAR-10 from {cifar}\nunpacking ")
     (cifar / "cifar10.npz").unlink()
-    with contextlib.suppress(OSError), open("/dev/full", "w") as gone:
-        with contextlib.redirect_stdout(gone):
-            images_of(cifar)
+    with (
+        contextlib.suppress(OSError),
+        open("/dev/full", "w") as gone,
+        contextlib.redirect_stdout(gone),
+    ):
+        images_of(cifar)
     assert (cifar / "cifar10.npz").exists()
 
 

@@ -1149,7 +1149,7 @@ def show_result(out, metrics, pictures, config):
         try:
             with atomic(out / name) as file:
                 draw().savefig(file, dpi=150)
-        except Exception as error:  # whatever it is, the numbers above stand
+        except Exception as error:  # noqa: BLE001 (the numbers above stand)
             say(f"could not draw {name} ({error!r}): --eval {out} draws it again.", True)
     say(f"metrics, log and pictures are in {out}")
 
