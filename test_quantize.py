@@ -1433,6 +1433,7 @@ def test_cold_samples_are_the_likeliest_code_at_each_step():
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@slow
 def test_samples_follow_the_key():
     shape = (4, 2, 2, 2)
     prior, params, codebook = small_prior(8, shape[1:])
@@ -1763,6 +1764,7 @@ def test_the_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
     assert "stopped after" not in capsys.readouterr().err
 
 
+@slow
 def test_stopped_while_measuring(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C after the last step loses nothing: --resume measures and writes the result."""
     with monkeypatch.context() as patch:
@@ -1981,6 +1983,7 @@ def test_two_processes_started_at_once(tmp_path):
     assert all((tmp_path / name / "result.json").exists() for name in folders)
 
 
+@slow
 def test_a_file_system_without_locks(finished, tmp_path, monkeypatch):
     import fcntl
 
@@ -2799,6 +2802,7 @@ def test_importing_data_does_nothing_else(tmp_path):
     assert done.stdout == "set()\n" and not done.stderr and not list(tmp_path.iterdir())
 
 
+@slow
 def test_the_photograph_leaves_matplotlib_as_it_is():
     code = "import data, sys; data.load('photo', '', False); "
     code += "print('matplotlib.pyplot' in sys.modules)"
