@@ -30,8 +30,11 @@ TIMEOUT = 20  # seconds without a byte before a server is given up
 CRC32 = (0x680A9CE0, 0xAF4814F5)  # of the training and the test images
 
 
-class DataError(Exception):
-    """The data cannot be had; the message says what is wrong and what to do."""
+class Stop(Exception):
+    """Ends the program: an exit code and a sentence. 1: it cannot go on. 2: a wrong command.
+
+    128 + signal: a signal ended the run, nothing lost.
+    """
 
 
 class Dataset(NamedTuple):
@@ -44,14 +47,12 @@ class Dataset(NamedTuple):
 
     def variance(self):
         """Variance of the training pixels in [0, 1], about one mean over all (CIFAR-10: 0.0633)."""
-        parts = np.array_split(self.train, 500)  # bincount copies what it counts to int64
-        counts = sum(np.bincount(part.reshape(-1), minlength=256) for part in parts)
-        p, x = counts / counts.sum(), np.arange(256) / 255
-        return float(p @ x**2 - (p @ x) ** 2)
+        mean, square = self.train.mean(), np.square(self.train, dtype=np.uint16).mean()
+        return float(square - mean**2) / 255**2
 
 
 def load(dataset, data_dir, val):
-    """The Dataset called `dataset` (a key of DATASETS); raises DataError when it cannot be had.
+    """The Dataset called `dataset` (a key of DATASETS); raises Stop when it cannot be had.
 
     val: hold the last tenth of the training images out and measure on them, not on the test set.
     """
@@ -62,17 +63,17 @@ def load(dataset, data_dir, val):
         return Dataset(train, test, name, "test")
     n = len(train) // 10
     if not n:
-        raise DataError(f"--val holds out a tenth, and {dataset} has only {len(train)} images.")
+        raise Stop(1, f"--val holds out a tenth, and {dataset} has only {len(train)} images.")
     return Dataset(train[:-n], train[-n:], name, "val")
 
 
 def check(what, x):
-    """The images x themselves; DataError, naming `what`, when the kit cannot train on them."""
+    """The images x themselves; Stop, naming `what`, when the kit cannot train on them."""
     found = f"{x.dtype} {[*x.shape]}" if isinstance(x, np.ndarray) else type(x).__name__
     if found.startswith("uint8 ") and x.shape[1:] == (32, 32, 3) and len(x):
         return x
     hint = " (pixels in [0, 1]: multiply by 255 and round)" if "float" in found else ""
-    raise DataError(f"{what} must be NumPy uint8 [n, 32, 32, 3] with n > 0, not {found}{hint}.")
+    raise Stop(1, f"{what} must be NumPy uint8 [n, 32, 32, 3] with n > 0, not {found}{hint}.")
 
 
 def order(seed, n, batch, step, count):
@@ -111,13 +112,13 @@ def cifar10(data_dir):
             except Exception as error:  # noqa: BLE001 (zipfile and NumPy raise a dozen kinds)
                 reason = getattr(error, "strerror", None) or "damaged, or not CIFAR-10"
             if not folder.is_dir() and not tarball.exists():
-                raise DataError(f"{cache} cannot be used ({reason}): delete it and start again.")
+                raise Stop(1, f"{cache} cannot be used ({reason}): delete it and start again.")
             say(f"{cache} cannot be used ({reason}): making it anew")
         say(f"reading CIFAR-10 from {data_dir}")  # importing torch alone takes seconds
         arrays = read_batches(folder, tarball)
     except OSError as error:
         text = f"cannot use the data folder {data_dir} ({error}): name another with --data_dir."
-        raise DataError(text) from None
+        raise Stop(1, text) from None
     try:
         with atomic(cache) as file:
             np.savez(file, train=arrays[0], test=arrays[1])
@@ -142,12 +143,12 @@ def read_batches(folder, tarball):
         from torchvision.datasets.utils import check_integrity, extract_archive
     except Exception as error:  # noqa: BLE001 (RuntimeError where it was made for another torch)
         text = f"torchvision cannot be imported ({error!r}): pip install --upgrade torchvision;"
-        raise DataError(f"{text} a cifar10.npz or --dataset photo does without it.") from None
+        raise Stop(1, f"{text} a cifar10.npz or --dataset photo does without it.") from None
     if not folder.is_dir():
         if not tarball.exists():
             download(tarball, CIFAR10)
         if not check_integrity(tarball, CIFAR10.tgz_md5):
-            raise DataError(f"{tarball} is damaged (wrong md5): move it away and start again.")
+            raise Stop(1, f"{tarball} is damaged (wrong md5): move it away and start again.")
         say(f"unpacking {tarball}")
         with tempfile.TemporaryDirectory() as unpacked:
             extract_archive(tarball, unpacked)
@@ -156,12 +157,12 @@ def read_batches(folder, tarball):
     for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
         if not check_integrity(folder / name, md5):
             text = f"{folder / name} is missing or damaged (wrong md5): move {folder} away to have"
-            raise DataError(f"{text} it fetched again, or name another folder with --data_dir.")
+            raise Stop(1, f"{text} it fetched again, or name another folder with --data_dir.")
     return tuple(CIFAR10(folder.parent, train=train).data for train in (True, False))
 
 
 def download(tarball, source):
-    """Fetch the tarball from the first server that has it; DataError when none does."""
+    """Fetch the tarball from the first server that has it; Stop when none does."""
     tarball.parent.mkdir(parents=True, exist_ok=True)
     with atomic(tarball) as file:  # opened first: no fetching for a folder that takes no file
         for url in (*MIRRORS, source.url):
@@ -175,7 +176,7 @@ def download(tarball, source):
                 file.write(body)
                 return
         text = f"CIFAR-10 could not be downloaded ({reason}): put {tarball.name} into"
-        raise DataError(f"{text} {tarball.parent}, or try without network: --dataset photo.")
+        raise Stop(1, f"{text} {tarball.parent}, or try without network: --dataset photo.")
 
 
 def fetch(url, md5):
@@ -207,23 +208,8 @@ def say(text, error=False, end="\n"):
         print(text, file=sys.stderr if error else sys.stdout, flush=True, end=end)
 
 
-def import_matplotlib():
-    """matplotlib, also where MPLBACKEND names a backend that is not here: none is needed."""
-    if "matplotlib" not in sys.modules and "MPLBACKEND" in os.environ:
-        backend = os.environ.pop("MPLBACKEND")
-        import matplotlib
-
-        os.environ["MPLBACKEND"] = backend
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
-    import matplotlib.figure
-
-    return matplotlib
-
-
 def photo(_):
     """32x32 crops of the photograph that matplotlib ships; test crops lie right of all others."""
-    import_matplotlib()
     from matplotlib import cbook, image
 
     picture = image.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))

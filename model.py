@@ -3,7 +3,7 @@
     x [B, 32, 32, 3] -> Encoder -> z_e [B, 8, 8, N, D] -> quantize -> z_q -> Decoder -> outputs
 
     Encoder   two 4x4 convolutions of stride 2, two residual blocks, a 1x1 convolution to N x D
-    Decoder   the mirror: two residual blocks, two 4x4 transposed convolutions of stride 2
+    Decoder   the mirror: a 1x1 convolution, two residual blocks, two 4x4 transposed convolutions
     likelihood  outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
 
 The letters are those of quantize.py; `outputs` holds what the likelihood asks for at each pixel.
@@ -25,37 +25,37 @@ import quantize
 # Networks
 
 
-class Residual(nn.Module):
-    """x + (ReLU, 3x3 convolution, ReLU, 1x1 convolution): [B, h, w, hidden] -> the same."""
+class Network(nn.Module):
+    """What all of them have: a train.Config, or anything with its fields, and a dtype."""
 
-    hidden: int
-    residual: int
+    config: Any
     dtype: jnp.dtype
+
+
+class Residual(Network):
+    """x + (ReLU, 3x3 convolution, ReLU, 1x1 convolution): [B, h, w, hidden] -> the same."""
 
     @nn.compact
     def __call__(self, x):
-        y = nn.Conv(self.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
-        return x + nn.Conv(self.hidden, (1, 1), dtype=self.dtype)(nn.relu(y))
+        y = nn.Conv(self.config.residual, (3, 3), dtype=self.dtype)(nn.relu(x))
+        return x + nn.Conv(self.config.hidden, (1, 1), dtype=self.dtype)(nn.relu(y))
 
 
 def residual_blocks(x, config, dtype):
     """The blocks of an encoder or decoder, and a ReLU: [B, h, w, hidden] -> the same."""
     for _ in range(config.blocks):
-        x = Residual(config.hidden, config.residual, dtype)(x)
+        x = Residual(config, dtype)(x)
     return nn.relu(x)
 
 
-class Encoder(nn.Module):
+class Encoder(Network):
     """x [B, 32, 32, 3] -> [B, 8, 8, features].
 
-    config: anything with the fields hidden, residual, blocks and net. In DeepMind's published
-    example (`--net deepmind`) the layer next to the pixels has half the channels, and a 3x3
-    convolution stands before the blocks; so in the decoder.
+    In DeepMind's published example (`--net deepmind`) the layer next to the pixels has half the
+    channels, and a 3x3 convolution stands before the blocks; so in the decoder.
     """
 
-    config: Any
     features: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
@@ -68,12 +68,10 @@ class Encoder(nn.Module):
         return nn.Conv(self.features, (1, 1), dtype=self.dtype)(x)  # [B, 8, 8, features]
 
 
-class Decoder(nn.Module):
+class Decoder(Network):
     """The mirror of Encoder: z [B, 8, 8, N D] -> [B, 32, 32, features]."""
 
-    config: Any
     features: int
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, z):
@@ -84,20 +82,17 @@ class Decoder(nn.Module):
         return Up(self.features, self.dtype)(nn.relu(x))  # [B, 32, 32, features]
 
 
-# name of a network -> encoder and decoder
+# name of a network -> encoder and decoder. These two share their classes, which read config.net.
 NETS = {"paper": (Encoder, Decoder), "deepmind": (Encoder, Decoder)}
 
 
-class VQVAE(nn.Module):
-    """Encoder, codebook and decoder; config: a train.Config, or anything with its fields."""
-
-    config: Any
-    dtype: jnp.dtype
+class VQVAE(Network):
+    """Encoder, codebook and decoder."""
 
     def setup(self):
         c, (encoder, decoder) = self.config, NETS[self.config.net]
-        self.encoder = encoder(c, c.slots * c.D, self.dtype)
-        self.decoder = decoder(c, LIKELIHOODS[c.likelihood].outputs, self.dtype)
+        self.encoder = encoder(c, self.dtype, c.slots * c.D)
+        self.decoder = decoder(c, self.dtype, LIKELIHOODS[c.likelihood].outputs)
         self.quantizer = quantize.QUANTIZERS[c.quantizer]
         start = self.quantizer.start
         self.codebook = self.param("codebook", start, 1 if c.shared else c.slots, c.K, c.D)
@@ -139,28 +134,20 @@ class Down(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel, bias = conv_parameters(self, x.shape[-1])
-        return down(x, kernel) + bias
+        shape = (4, 4, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return self.convolve(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+    def convolve(self, x, kernel):
+        return down(x, kernel)
 
 
-class Up(nn.Module):
+class Up(Down):
     """nn.ConvTranspose(features, (4, 4), (2, 2)): [B, H, W, C] -> [B, 2H, 2W, features]."""
 
-    features: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        kernel, bias = conv_parameters(self, x.shape[-1])
-        return up(x, kernel[::-1, ::-1].swapaxes(2, 3)) + bias
-
-
-def conv_parameters(module, inputs):
-    """Kernel [4, 4, inputs, features] and bias of a Down or Up, named and drawn as nn.Conv's."""
-    shape = (4, 4, inputs, module.features)
-    kernel = module.param("kernel", nn.initializers.lecun_normal(), shape)
-    bias = module.param("bias", nn.initializers.zeros, (module.features,))
-    return kernel.astype(module.dtype), bias.astype(module.dtype)
+    def convolve(self, x, kernel):  # nn.ConvTranspose does not mirror its kernel
+        return up(x, kernel[::-1, ::-1].swapaxes(2, 3))
 
 
 def down(x, kernel):
@@ -168,10 +155,9 @@ def down(x, kernel):
 
     Computed as a 2x2 convolution over blocks of 2x2 pixels: strides are what a CPU is slow at.
     """
-    C = x.shape[-1]
     x = to_blocks(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 2)  # [B, H/2 + 1, W/2 + 1, 4C]
-    kernel = kernel.reshape(2, 2, 2, 2, C, -1).transpose(0, 2, 1, 3, 4, 5)
-    kernel = kernel.reshape(2, 2, 4 * C, -1)
+    kernel = kernel.reshape(2, 2, 2, 2, -1, kernel.shape[3]).swapaxes(1, 2)  # as the blocks are
+    kernel = kernel.reshape(2, 2, -1, kernel.shape[-1])  # [2, 2, 4C, F]
     layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout)
 
@@ -208,23 +194,27 @@ def to_blocks(x, size):
 # training pixels in [0, 1] -> the loss of each colour value and a reconstruction in grey levels,
 # both float32 [B, 32, 32, 3].
 
-GREY = 16.0  # outputs speak of means and scales in units of 16 grey levels
+GREY = 16.0  # grey levels: the unit of means and scales, in `logistic`, `colours` and the start
 
 
 def categorical(outputs, images, variance):
     """256-way softmax for each colour value, as the authors used: 768 outputs at a pixel."""
-    del variance
     logits = outputs.reshape(*images.shape, 256).astype(jnp.float32)  # [B, 32, 32, 3, 256]
-    at_x = jnp.take_along_axis(logits, images[..., None].astype(jnp.int32), -1)[..., 0]
-    return nn.logsumexp(logits, -1) - at_x, nn.softmax(logits) @ jnp.arange(256.0)
+    return softmax_nll(logits, images), nn.softmax(logits) @ jnp.arange(256.0)
+
+
+def softmax_nll(logits, x):
+    """-log p(x) of whole numbers under a softmax, in nats: logits [..., K], x [...] -> [...]."""
+    at_x = jnp.take_along_axis(logits, x[..., None].astype(jnp.int32), -1)[..., 0]
+    return nn.logsumexp(logits, -1) - at_x
 
 
 def logistic(outputs, images, variance):
     """Discretised logistic, a mean and a log scale for each colour value: 6 outputs at a pixel.
 
-    p(x) = F(x + 1/2) - F(x - 1/2), where F(-1/2) is 0 at x = 0 and F(255 + 1/2) is 1 at x = 255.
+    p(x) = F(x + 1/2) - F(x - 1/2), F the logistic distribution function of that mean and scale,
+    but 0 below x = 0 and 1 above x = 255.
     """
-    del variance
     mean, log_scale = jnp.split(outputs.astype(jnp.float32), 2, -1)  # [B, 32, 32, 3] each
     mean = 127.5 + GREY * mean  # grey levels
     return logistic_nll(images, mean, log_scale), jnp.clip(mean, 0, 255)
@@ -234,9 +224,8 @@ def colours(outputs, images, variance):
     """`logistic` with the colours of a pixel conditioned on one another: 9 outputs at a pixel.
 
     p(r) p(g | r) p(b | r, g): red's error moves green's mean, red's and green's move blue's. This
-    is more than the paper's p(x | z_q), whose colours are independent. The reconstruction is z_q's.
+    is more than the authors' softmax, whose colours are independent. The reconstruction is z_q's.
     """
-    del variance
     mean, log_scale, slope = jnp.split(outputs.astype(jnp.float32), 3, -1)
     mean = 127.5 + GREY * mean
     # Slopes times the errors of r, r, g move the means of g, b, b: as matmuls with zeros and ones,
@@ -250,12 +239,14 @@ def colours(outputs, images, variance):
 
 
 def logistic_nll(x, mean, log_scale):
-    """-log p(x) of the discretised logistic, in nats; x and mean in grey levels, x an integer.
+    """-log p(x) of the discretised logistic, in nats; x an integer.
+
+    x and mean are in grey levels; log_scale is of a scale in units of GREY.
 
     With s the logistic function, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): no difference of nearly
     equal numbers, but for the last factor, whose logarithm is right to 5e-5 at every scale.
     """
-    inverse = jnp.exp(-jnp.clip(log_scale + math.log(GREY), -4, 6))
+    inverse = jnp.exp(-jnp.clip(log_scale + math.log(GREY), -4, 6))  # 1 / grey levels
 
     def minus_log(a):  # -log s(a); nn.log_sigmoid, nn.softplus and expm1 are slow on a CPU
         return jnp.maximum(-a, 0) + jnp.log(1 + jnp.exp(-jnp.abs(a)))
@@ -275,37 +266,24 @@ def gaussian(outputs, images, variance):
     return (images / 255.0 - mean) ** 2 / variance, jnp.clip(255 * mean, 0, 255)
 
 
-# What each says at the start. From m and s, a pixel's three means (less 127.5) and log scales in
-# units of GREY, `outputs` are [m, s] @ weights + bias, with weights [6, outputs], bias [outputs];
+# What each says at the start. With m and l, a pixel's three means (less 127.5) and log scales in
+# units of GREY, `outputs` are [m, l] @ weights + bias, with weights [6, outputs], bias [outputs];
 # they are made from the errors' standard deviation [3] and slopes [3], as `colours` has them.
 
 
 def categorical_start(deviation, slopes):
-    """Logits of a discretised Gaussian, m k / s^2 - k^2 / 2 s^2: linear in the mean m."""
-    del slopes
-    k = (np.arange(256) - 127.5) / GREY
+    """Logits of a discretised Gaussian, (m x - x^2 / 2) / deviation^2: linear in its mean m."""
+    x = (np.arange(256) - 127.5) / GREY
     weights = np.zeros((6, 3, 256))
-    weights[range(3), range(3)] = k / deviation[:, None] ** 2
-    bias = -0.5 * (k / deviation[:, None]) ** 2  # [3, 256]
+    weights[range(3), range(3)] = x / deviation[:, None] ** 2
+    bias = -0.5 * (x / deviation[:, None]) ** 2  # [3, 256]
     return weights.reshape(6, -1), bias.reshape(-1)
 
 
-def logistic_start(deviation, slopes):
-    """Means and log scales as they are."""
-    del deviation, slopes
-    return np.eye(6), np.zeros(6)
-
-
-def colours_start(deviation, slopes):
-    """The same, and each pixel with the slopes of all."""
-    del deviation
-    return np.eye(6, 9), np.concatenate([np.zeros(6), slopes])
-
-
-def gaussian_start(deviation, slopes):
-    """The means, in units of [0, 1]."""
-    del deviation, slopes
-    return np.eye(6, 3) * GREY / 255, np.zeros(3)
+def linear_start(outputs, unit=1.0):
+    """Of outputs that are means, log scales and slopes in this order, or the first of these."""
+    weights = unit * np.eye(6, outputs)
+    return lambda deviation, slopes: (weights, np.pad(slopes, (6, 0))[:outputs])
 
 
 class Likelihood(NamedTuple):
@@ -319,15 +297,16 @@ class Likelihood(NamedTuple):
 
 LIKELIHOODS = {
     "categorical": Likelihood(3 * 256, categorical, True, categorical_start),
-    "logistic": Likelihood(3 * 2, logistic, True, logistic_start),
-    "colours": Likelihood(3 * 3, colours, True, colours_start),
-    "gaussian": Likelihood(3, gaussian, False, gaussian_start),
+    "logistic": Likelihood(3 * 2, logistic, True, linear_start(6)),
+    "colours": Likelihood(3 * 3, colours, True, linear_start(9)),
+    "gaussian": Likelihood(3, gaussian, False, linear_start(3, GREY / 255)),
 }
 
 
 # The start `--init pca`. The paper does not say how its weights began; here step 0 already is a
 # good quantiser of 4x4 patches, in the layers as they are. A linear value passes a ReLU as the
 # pair v, -v. Residual blocks begin as the identity. Channels not needed keep their stock weights.
+# n images, k directions of a patch that are kept.
 
 PATCH = 4 * 4 * 3
 ROOM = 2 * PATCH  # channels that the pairs of a whole patch take
@@ -358,12 +337,15 @@ def pca_start(config, params, images, key):
     z_q = np.asarray(quantize.embed(codes, codebook)).reshape(*codes.shape[:3], -1)
     inverse = np.linalg.pinv(dealt)  # [N D, k]
     kept = z_q @ inverse  # [n, 8, 8, k], n at most 1000
-    scales, *last = speak(config.likelihood, kept, patches[:1000] - kept @ synthesis)
+    growth, *last = fit_errors(config.likelihood, kept, patches[:1000] - kept @ synthesis)
 
     params = jax.tree.map(np.array, params)  # a copy to write into
     shift = (mean - 127.5) / GREY
     write_encoder(params["encoder"], analysis, dealt, shift)
-    write_decoder(params["decoder"], synthesis, inverse, scales, last, shift)
+    write_decoder(params["decoder"], synthesis, inverse, growth, last, shift)
+    for name, layer in [*params["encoder"].items(), *params["decoder"].items()]:
+        if name.startswith("Residual"):  # it adds zero
+            layer["Conv_1"]["kernel"][:] = 0
     return jax.tree.map(jnp.asarray, {**params, "codebook": codebook})
 
 
@@ -373,30 +355,27 @@ def principal(patches, bits, conditioned):
     And how many of the `bits` each gets, strongest first: share [k]. `conditioned`: the likelihood
     is `colours`, for which `colour_scale` weighs the colours before.
     """
-    power = patches.T @ patches / len(patches)
-    colour = colour_scale(power, bits) if conditioned else np.eye(3)
+    covariance = patches.T @ patches / len(patches)
+    colour = colour_scale(covariance, bits) if conditioned else np.eye(3)
     scale = np.kron(np.eye(PATCH // 3), colour)  # [48, 48]
-    power, vectors = np.linalg.eigh(scale.T @ power @ scale)
-    power, vectors = power[::-1], vectors[:, ::-1]
-    share = waterfill(power, bits)
+    variance, vectors = np.linalg.eigh(scale.T @ covariance @ scale)
+    variance, vectors = variance[::-1], vectors[:, ::-1]
+    share = waterfill(variance, bits)
     share = share[share > 0]
     kept = vectors[:, : len(share)]
     return scale @ kept, kept.T @ np.linalg.inv(scale), share
 
 
-def waterfill(power, bits):
-    """Reverse water-filling: how many of `bits` each Gaussian of variance `power` gets: [n]."""
-    power = np.maximum(power, 1e-9)
-    low, high = power.min() * 1e-9, power.max()
-    for _ in range(100):
-        level = math.sqrt(low * high)
-        share = np.maximum(0, 0.5 * np.log2(power / level))
-        low, high = (level, high) if share.sum() > bits else (low, level)
-    return share
+def waterfill(variance, bits):
+    """Reverse water-filling: how many of `bits` each Gaussian of these variances gets."""
+    power = np.log2(np.maximum(variance, 1e-9))
+    total = np.sort(power)[::-1].cumsum()  # of the k strongest, k = 1, 2, ...
+    level = ((total - 2 * bits) / np.arange(1, len(power) + 1)).max()  # if those k share the bits
+    return np.maximum(0, 0.5 * (power - level))
 
 
-def colour_scale(power, bits, rounds=40):
-    """What to multiply a pixel's colours by, for `colours`: [3, 3]; power [48, 48] is of patches.
+def colour_scale(covariance, bits, rounds=40):
+    """What to multiply a pixel's colours by, for `colours`: [3, 3]; covariance [48, 48] of patches.
 
     Conditioned on one another, colours cost the logarithm of the determinant of their errors'
     covariance: the product of the errors along three axes, where a mean squared error has the sum.
@@ -406,7 +385,7 @@ def colour_scale(power, bits, rounds=40):
     colour, pixels = np.eye(3), PATCH // 3
     for _ in range(rounds):
         scale = np.kron(np.eye(pixels), colour)
-        variance, vectors = np.linalg.eigh(scale.T @ power @ scale)
+        variance, vectors = np.linalg.eigh(scale.T @ covariance @ scale)
         left = np.maximum(variance, 1e-9) / 4 ** waterfill(variance, bits)
         error = ((vectors * left) @ vectors.T).reshape(pixels, 3, pixels, 3)
         colour = colour @ np.linalg.inv(np.einsum("iaib->ab", error))
@@ -415,7 +394,10 @@ def colour_scale(power, bits, rounds=40):
 
 
 def deal(share, N, D):
-    """Which place in z_e each direction gets, so that slots have alike bits of work: [k, N D]."""
+    """A permutation matrix, [k, N D]: the place in z_e that each direction gets.
+
+    One after the other they go to the slot with the fewest bits of work so far that has room.
+    """
     dealt, load, used = np.zeros((min(len(share), N * D), N * D)), np.zeros(N), np.zeros(N, int)
     for d in range(len(dealt)):
         slot = np.where(used < D, load, np.inf).argmin()
@@ -425,34 +407,36 @@ def deal(share, N, D):
     return dealt
 
 
-def speak(likelihood, kept, error):
-    """What a likelihood can say of errors at the start: scales, and weights and bias of its row.
+def fit_errors(likelihood, kept, error):
+    """What a likelihood can say at the start of the errors that the quantiser leaves.
 
-    kept [n, 8, 8, k] are the quantised coefficients and error [n, 8, 8, 48] what they leave of a
-    patch. A patch of strong coefficients has large errors: scales [k, 2, 2, 3] are the slopes of
-    the log errors of its four blocks of 2x2 pixels over the coefficients' sizes (least squares).
+    kept [n, 8, 8, k] are the quantised coefficients, error [n, 8, 8, 48] what they leave of a
+    patch. A patch of strong coefficients has large errors. Returns growth [k, 2, 2, 3], by how much
+    the log errors of its four blocks of 2x2 pixels grow with each coefficient's size (least
+    squares), and the weights and bias that make outputs of means and log scales, as above.
     """
     red, green, blue = np.float64(error).reshape(-1, 3).T
     slopes = np.zeros(3)
     if likelihood == "colours":
         slopes[:1] = np.linalg.lstsq(red[:, None], green, rcond=None)[0]
         slopes[1:] = np.linalg.lstsq(np.stack([red, green], -1), blue, rcond=None)[0]
-    moved = np.stack([red, green - slopes[0] * red, blue - slopes[1:] @ [red, green]], -1)
-    blocks = by_blocks(moved.reshape(-1, PATCH).T, 3)  # [2, 2, 4, 3, positions]
-    power = (blocks**2).mean(2).reshape(12, -1).T  # [positions, 12]
-    sizes = np.abs(kept).reshape(len(power), -1)
+    left = np.stack([red, green - slopes[0] * red, blue - slopes[1:] @ [red, green]], -1)
+    blocks = to_blocks(left.reshape(-1, 4, 4, 3), 2).reshape(-1, 4, 4, 3)  # n 8 8, block, pixel, 3
+    square = (blocks**2).mean(2).reshape(-1, 12)  # [n 8 8, 12]
+    sizes = np.abs(kept).reshape(len(square), -1)  # [n 8 8, k]
     centred = sizes - sizes.mean(0)
-    slope = np.linalg.lstsq(centred, 0.5 * np.log(power + 2e-4), rcond=None)[0]  # [k, 12]
-    level = 0.5 * np.log((power / np.exp(2 * sizes @ slope)).mean(0))  # [12]
-    weights, bias = LIKELIHOODS[likelihood].start(np.sqrt((moved**2).mean(0)), slopes)
+    log_error = 0.5 * np.log(square + 2e-4)  # errors below a fifth of a grey level are all alike
+    growth = np.linalg.lstsq(centred, log_error, rcond=None)[0]  # [k, 12]
+    level = 0.5 * np.log((square / np.exp(2 * sizes @ growth)).mean(0))  # [12]
+    weights, bias = LIKELIHOODS[likelihood].start(np.sqrt((left**2).mean(0)), slopes)
+    # A logistic of scale s has the standard deviation s pi / sqrt(3).
     log_scale = level.reshape(4, 3).mean(0) + math.log(math.sqrt(3) / math.pi)
-    return slope.reshape(-1, 2, 2, 3), weights, bias + np.pad(log_scale, (3, 0)) @ weights
+    return growth.reshape(-1, 2, 2, 3), weights, bias + np.pad(log_scale, (3, 0)) @ weights
 
 
-def by_blocks(rows, colours):
-    """Rows of a patch [48, F] -> [2, 2, 4, colours, F]: which 2x2 block, and where in it."""
-    rows = rows.reshape(2, 2, 2, 2, colours, -1).transpose(0, 2, 1, 3, 4, 5)
-    return rows.reshape(2, 2, 4, colours, -1)
+def by_blocks(rows):
+    """Rows of a patch [48, F] -> [2, 2, 12, F]: which 2x2 block, and where in it."""
+    return np.moveaxis(to_blocks(rows.T.reshape(-1, 4, 4, 3), 2), 0, -1)
 
 
 def pairs(x, axis=-1):
@@ -475,25 +459,23 @@ def wire(layer, block, bias=0.0, transposed=False):
 
 def write_encoder(layers, analysis, dealt, shift):
     """Pixels, as pairs -> coefficients of a patch, as pairs -> their places in z_e."""
-    pixels = pairs(np.eye(12) * 255 / GREY).reshape(2, 2, 3, 24)
+    pixels = pairs(np.eye(12) * 255 / GREY).reshape(2, 2, 3, 24)  # the 12 values of a 2x2 block
     wire(layers["Down_0"], pixels, pairs(np.tile(-shift, 4)))
-    taps = by_blocks(analysis, 3).reshape(2, 2, 12, -1)
-    wire(layers["Down_1"], pairs(pairs(taps), 2))
+    wire(layers["Down_1"], pairs(pairs(by_blocks(analysis)), 2))  # four blocks -> coefficients
     convolutions = [layers[name] for name in ("Conv_0", "Conv_1") if name in layers]
-    for layer in convolutions[:-1]:
+    for layer in convolutions[:-1]:  # the 3x3 one that DeepMind's example has
         wire(layer, pairs(pairs(np.eye(len(dealt))), 0)[None, None])
     wire(convolutions[-1], pairs(dealt, 0)[None, None])
-    begin_as_identity(layers)
 
 
-def write_decoder(layers, synthesis, inverse, scales, last, shift):
+def write_decoder(layers, synthesis, inverse, growth, last, shift):
     """Coefficients, as pairs -> values and log scales of 2x2 blocks, as pairs -> outputs."""
     wire(layers["Conv_0"], pairs(inverse)[None, None])
-    begin_as_identity(layers)
-    taps = by_blocks(synthesis.T, 3).reshape(2, 2, 12, -1).swapaxes(2, 3)  # [2, 2, k, 12]
-    sizes = scales.transpose(1, 2, 0, 3)  # [2, 2, k, 3]; |v| is the sum of the pair's ReLUs
-    sizes = np.concatenate([pairs(sizes), pairs(sizes)], 2)
-    wire(layers["Up_0"], np.concatenate([pairs(pairs(taps, 2)), sizes], -1), transposed=True)
+    taps = by_blocks(synthesis.T).swapaxes(2, 3)  # [2, 2, k, 12]
+    growth = growth.transpose(1, 2, 0, 3)  # [2, 2, k, 3]; |v| is the sum of the pair's ReLUs
+    growth = np.concatenate([pairs(growth), pairs(growth)], 2)
+    wire(layers["Up_0"], np.concatenate([pairs(pairs(taps, 2)), growth], -1), transposed=True)
+    # Up_1: a 2x2 block's 12 means and 3 log scales, as pairs -> the outputs of its pixels.
     means = pairs(np.eye(12).reshape(12, 2, 2, 3).transpose(1, 2, 0, 3), 2)  # [2, 2, 24, 3]
     log_scales = np.tile(pairs(np.eye(3), 0), (2, 2, 1, 1))  # [2, 2, 6, 3]
     zeros = np.zeros((2, 2, 24, 3)), np.zeros((2, 2, 6, 3))
@@ -503,13 +485,6 @@ def write_decoder(layers, synthesis, inverse, scales, last, shift):
     wire(layers["Up_1"], pixels @ weights, bias, transposed=True)
 
 
-def begin_as_identity(layers):
-    """Residual blocks add zero."""
-    for name in layers:
-        if name.startswith("Residual"):
-            layers[name]["Conv_1"]["kernel"][:] = 0
-
-
 # The prior p(codes) of section 3.3, trained once the codes are fixed. Positions come in raster
 # order and the slots of a position one after another: the product of all conditionals is exact.
 # The paper has a PixelCNN. This is a transformer, whose first layer is a PixelCNN's: on a field of
@@ -517,28 +492,22 @@ def begin_as_identity(layers):
 # T = h w positions; F features of a code.
 
 
-class Prior(nn.Module):
-    """Logits of p(code | all earlier codes); config has width, layers, heads and dropout."""
-
-    config: Any
-    dtype: jnp.dtype
+class Prior(Network):
+    """Logits of p(code | all earlier codes)."""
 
     def setup(self):
         self.context = Context(self.config, self.dtype)
-        self.slots = Slots(self.dtype)
+        self.slots = Slots(self.config, self.dtype)
 
-    def __call__(self, codes, codebook, train=False):
-        """codes [B, h, w, N], codebook [S, K, D] -> logits [B, h, w, N, K], float32.
-
-        With train and a dropout above 0 it needs a key: rngs={"dropout": key}.
-        """
-        x = self.see(codes, codebook, train)
+    def __call__(self, codes, codebook):
+        """codes [B, h, w, N], codebook [S, K, D] -> logits [B, h, w, N, K], float32."""
+        x = self.see(codes, codebook)
         logits = self.tell(x, codes.reshape(*x.shape[:2], -1), codebook)  # [B, T, N, K]
         return logits.reshape(*codes.shape, -1)
 
-    def see(self, codes, codebook, train=False):
+    def see(self, codes, codebook):
         """What is known of all earlier positions, at each: [B, h, w, N] -> [B, T, width]."""
-        return self.context(code_vectors(codes, codebook).astype(self.dtype), train)
+        return self.context(code_vectors(codes, codebook).astype(self.dtype))
 
     def tell(self, x, codes, codebook):
         """Logits at some positions: x [B, T, width], codes [B, T, N] -> [B, T, N, K]."""
@@ -546,14 +515,11 @@ class Prior(nn.Module):
         return self.slots(x, vectors, code_features(codebook, codes.shape[-1])[1])
 
 
-class Context(nn.Module):
+class Context(Network):
     """A causal transformer over positions: vectors of codes [B, h, w, N, D] -> [B, T, width]."""
 
-    config: Any
-    dtype: jnp.dtype
-
     @nn.compact
-    def __call__(self, vectors, train):
+    def __call__(self, vectors):
         (B, h, w), width = vectors.shape[:3], self.config.width
         x = neighbours(vectors.reshape(B, h, w, -1))  # [B, h, w, 4 N D]
         x = nn.Dense(width, dtype=self.dtype)(x)
@@ -561,7 +527,7 @@ class Context(nn.Module):
         column = self.param("column", nn.initializers.normal(0.02), (1, w, width))
         x = (x + (row + column).astype(self.dtype)).reshape(B, h * w, width)
         for _ in range(self.config.layers):
-            x = Block(self.config.heads, self.config.dropout, self.dtype)(x, train)
+            x = Block(self.config, self.dtype)(x)
         return nn.LayerNorm(dtype=self.dtype)(x)
 
 
@@ -576,7 +542,7 @@ def code_features(codebook, N):
 
     Both in units of their own spread. A logit that is linear in e and its products can be the
     logarithm of any Gaussian, and codes near each other get logits near each other. Products of all
-    pairs of dimensions up to D = 8, of each with itself above.
+    pairs of dimensions up to D = 8; above, of each with itself (a diagonal Gaussian).
     """
 
     def standardise(x):  # over the codes; what is the same for all of them stays 0
@@ -602,35 +568,28 @@ def neighbours(x):
     return jnp.concatenate([before.reshape(x.shape), *three], -1)
 
 
-class Block(nn.Module):
+class Block(Network):
     """One layer of a causal transformer: x [B, T, width] -> the same."""
 
-    heads: int
-    dropout: float
-    dtype: jnp.dtype
-
     @nn.compact
-    def __call__(self, x, train):
-        B, T, width = x.shape
+    def __call__(self, x):
+        (B, T, width), heads = x.shape, self.config.heads
         dense = functools.partial(nn.Dense, dtype=self.dtype)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
         qkv = dense(3 * width)(nn.LayerNorm(dtype=self.dtype)(x))
-        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.heads, width // self.heads), 2, 0)
+        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, heads, width // heads), 2, 0)
         causal = jnp.tril(jnp.ones((T, T), bool))
         y = nn.dot_product_attention(q, k, v, mask=causal, dtype=self.dtype)
-        x = x + drop(dense(width)(y.reshape(B, T, width)))
+        x = x + dense(width)(y.reshape(B, T, width))
         y = nn.gelu(dense(2 * width)(nn.LayerNorm(dtype=self.dtype)(x)))
-        return x + drop(dense(width)(y))
+        return x + dense(width)(y)
 
 
-class Slots(nn.Module):
+class Slots(Network):
     """The head: slot n from its position's context and the slots before n.
 
     A sum over earlier slots and a layer for each slot, as in NADE (Uria et al. 2016, arXiv
     1605.02226), so that one pass gives the logits of all N.
     """
-
-    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, vectors, features):
@@ -649,17 +608,11 @@ class Slots(nn.Module):
         return jnp.moveaxis(logits, 0, 2)
 
 
-def prior_nll(logits, codes):
-    """-log p of every code in nats: logits [..., K], codes [...] -> [...]; its mean is the loss."""
-    chosen = jnp.take_along_axis(logits, codes[..., None].astype(jnp.int32), -1)[..., 0]
-    return nn.logsumexp(logits, -1) - chosen
-
-
-def sample(prior, params, codebook, key, shape, temperature=1.0, show=lambda done: None):
+def sample_codes(prior, params, codebook, key, shape, temperature=1.0, show=lambda *_: None):
     """Codes drawn from a Prior, position by position: shape (count, h, w, N) -> codes, int32.
 
     Every logit is divided by the temperature: below 1, fields are likelier and more alike.
-    show(done) is called after each position.
+    show(done, "") is called after each position.
     """
     w, N = shape[2:]
     context = jax.jit(lambda p, codes: prior.apply(p, codes, codebook, method="see"))
@@ -677,5 +630,5 @@ def sample(prior, params, codebook, key, shape, temperature=1.0, show=lambda don
     for t in range(shape[1] * w):
         x = context(params, codes)[:, t : t + 1]
         codes = codes.at[:, t // w, t % w].set(draw(params, x, jax.random.fold_in(key, t)))
-        show(t + 1)
+        show(t + 1, "")
     return codes

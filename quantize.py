@@ -5,19 +5,20 @@ The paper (van den Oord, Vinyals, Kavukcuoglu 2017, arXiv 1711.00937), section 3
     z_q(x) = e_k,  k = argmin_j |z_e(x) - e_j|                                      (eq. 1 and 2)
     loss   = -log p(x | z_q) + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2               (eq. 3)
 
-with sg the stop-gradient. `nearest` is written for ONE vector and lifted with jax.vmap.
+with sg the stop-gradient (the paper prints the first term of eq. 3 without its minus). `nearest`
+is written for ONE vector and lifted with jax.vmap.
 
 Letters, here and in the other files:
     B        images in a batch
     h, w     height and width of the latent field, 8 x 8
-    N        slots: latents at one position of the field
+    N        slots: latents at one position (the N of the paper's eq. 3 counts all positions, too)
     K, D     codes in a codebook, and the length of a code
     S        codebooks: 1 (shared by all slots) or N (one per slot)
     z_e      encoder output               [B, h, w, N, D]
     e        codebook                     [S, K, D]
     z_q      the codes that replace z_e   [B, h, w, N, D]
-    codes    their indices                [B, h, w, N]
-Everything here is float32: in half precision distances overflow and neighbours merge.
+    codes    their indices k              [B, h, w, N]
+Everything here is float32: in bfloat16 codes near each other become ties.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,8 @@ from jax.lax import stop_gradient as sg
 def nearest(z, codebook):
     """Index of the code nearest to ONE vector: z [D], codebook [K, D] -> int32. Lowest wins a tie.
 
-    |z - e|^2 without |z|^2, which is the same for every code: one matmul when lifted. Precision is
-    asked for because a GPU would otherwise round it to ten bits and pick other codes than a CPU.
+    Half of |z - e|^2 without |z|^2, which is the same for every code: one matmul when lifted. A GPU
+    would round its inputs to ten bits, and pick other codes than a CPU: hence the precision.
     """
     along = jnp.dot(codebook, z, precision=jax.lax.Precision.HIGHEST)  # [K]
     return first_least(0.5 * jnp.sum(codebook**2, -1) - along)
@@ -55,15 +56,14 @@ def lookup(z_e, codebook):
     N, D = z_e.shape[-2:]
     z = jnp.moveaxis(sg(z_e), -2, 0).reshape(N, -1, D)  # [N, B h w, D]
     books = jnp.broadcast_to(sg(codebook), (N, *codebook.shape[1:]))  # [N, K, D]
-    positions = jax.vmap(nearest, (0, None))
-    if jax.default_backend() == "cpu":  # slot by slot, 2048 vectors at a time: it stays in cache
+    if jax.default_backend() == "cpu":  # the same vmaps, in pieces that stay in cache
 
         def one_slot(pair):
             return jax.lax.map(lambda v: nearest(v, pair[1]), pair[0], batch_size=2048)
 
         codes = jax.lax.map(one_slot, (z, books))
     else:
-        codes = jax.vmap(positions)(z, books)  # [N, B h w]
+        codes = jax.vmap(jax.vmap(nearest, in_axes=(0, None)))(z, books)  # [N, B h w]
     return jnp.moveaxis(codes.reshape(N, *z_e.shape[:-2]), 0, -1)  # [B, h, w, N]
 
 
@@ -73,7 +73,8 @@ def embed(codes, codebook):
     return codebook[slot, codes]
 
 
-# How the gradient passes it. Both return e; they differ in what reaches the encoder.
+# How the decoder's gradient passes the argmin. Each of these has the value e and sends no gradient
+# to e (the codebook has its own loss, or an EMA); they differ in what reaches z_e.
 
 
 def straight_through(z_e, e):
@@ -120,7 +121,8 @@ class Quantizer(NamedTuple):
 
 
 # Finite scalar quantisation, Mentzer et al. 2023 (arXiv 2309.15505): the codebook is a fixed grid
-# of K = L^D points in (-1, 1)^D, so its search is rounding. tanh bounds z_e.
+# of K = L^D points in (-1, 1)^D, so its search is rounding. tanh bounds z_e. That paper has no
+# commitment loss (`--beta 0`).
 
 
 def fsq_levels(K, D):
@@ -145,10 +147,9 @@ def fsq_search(z_e, codebook):
 
 def fsq_refuses(K, D):
     """K has to be L^D with an L of 2 or more."""
-    L = fsq_levels(K, D)
-    good = L >= 2 and L**D == K
     fits = [d for d in range(1, 17) if fsq_levels(K, d) >= 2 and fsq_levels(K, d) ** d == K]
-    return "" if good else f"fsq needs K = L^D: for --K {K} give --D {' or '.join(map(str, fits))}"
+    words = " or ".join(map(str, fits))
+    return "" if D in fits else f"fsq needs K = L^D: for --K {K} give --D {words}"
 
 
 QUANTIZERS = {
@@ -202,7 +203,7 @@ def perplexity(counts):
 
 
 class EMA(NamedTuple):
-    """Appendix A.1: exponential averages, a batch, of how often a code is used and by what."""
+    """Appendix A.1: running averages of how many vectors of a batch chose a code, and their sum."""
 
     count: jax.Array  # [S, K], N_i in the paper
     total: jax.Array  # [S, K, D], m_i
@@ -220,6 +221,8 @@ def ema_update(ema, codebook, z_e, codes, gamma):
     """One step of appendix A.1, after the codes were looked up: -> EMA, codebook [S, K, D].
 
     N_i <- gamma N_i + (1 - gamma) n_i,  m_i <- gamma m_i + (1 - gamma) sum_j z_ij,  e_i = m_i / N_i
+
+    n_i: how many vectors of this batch chose code i; z_ij: those vectors.
     """
     S, K, _ = codebook.shape
     slot = jnp.arange(codes.shape[-1]) % S
@@ -234,7 +237,8 @@ def ema_update(ema, codebook, z_e, codes, gamma):
 def draw(key, z_e, S, K):
     """K encoder outputs for each codebook, drawn at random: z_e [B, h, w, N, D] -> [S, K, D].
 
-    One in each K-th of the outputs, so that none is drawn twice and nothing needs sorting.
+    The outputs are cut into K runs and one is drawn from each: where there are K or more, none
+    twice, and nothing needs sorting.
     """
     N, D = z_e.shape[-2:]
     outputs = jnp.moveaxis(sg(z_e).reshape(-1, N, D), 1, 0).reshape(S, -1, D)  # [S, B h w N/S, D]
@@ -257,7 +261,11 @@ def restart(key, ema, codebook, z_e, threshold):
 
 
 def kmeans(key, z_e, S, K, rounds=6):
-    """Codebooks [S, K, D] by k-means of z_e [n, h, w, N, D]. A round is an EMA step of gamma 0."""
+    """Codebooks [S, K, D] by k-means of z_e [n, h, w, N, D].
+
+    A round is an EMA step of gamma 0 and a restart: codes move to the means of their vectors, and
+    those without vectors onto random ones.
+    """
 
     @jax.jit
     def one_round(key, e, z_e):  # an argument: XLA would compute with a constant while it compiles

@@ -1,7 +1,7 @@
 """Trains, measures and shows a VQ-VAE: the step, the loop, evaluation, a prior, the command line.
 
     python train.py                      `fast` on a CPU; on a GPU `paper` with the start of `fast`
-    python train.py --preset paper       section 4.1 as it stands; published: 4.67 bits/dim
+    python train.py --preset paper       the paper's setting, where stated; published: 4.67 bits/dim
     python train.py --preset notebook    DeepMind's example; published: normalised MSE .056
     python train.py --prior runs/fast-1  a prior over that run's codes, and samples
 
@@ -10,6 +10,7 @@ What each costs and gives is in README.md, measured. The loss is eq. 3 of the pa
     -log p(x | z_q) + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2
 
 its first term a mean over the 3072 colour values (in nats), the others over the elements of z_e.
+With `--codebook ema` (`fast`, `notebook`) a running average takes the place of the second term.
 Order of the file: configuration, the step, the loop, measuring, the prior, pictures, what a run
 leaves on disk, what it prints, the command line.
 """
@@ -45,20 +46,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import data
 import model
 import quantize
-from data import atomic, import_matplotlib, say
+from data import Stop, atomic, say
 
 SHOWN = 16  # test images in the pictures
 START_IMAGES = 4000  # what a data-dependent start looks at
 UNIGRAM_IMAGES = 10_000  # training images whose codes the unigram prior counts
 EVAL_BATCH = 100
-PIXELS = 32 * 32 * 3  # what bits/dim divides by
-
-
-class Stop(Exception):
-    """Ends the program: an exit code and a sentence. 1: it cannot go on. 2: a wrong command.
-
-    128 + signal: a signal ended the run, nothing lost.
-    """
+VALUES = 32 * 32 * 3  # colour values of an image, by which bits/dim divides
 
 
 # Configuration
@@ -88,25 +82,31 @@ PRESETS = {
     "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 32, "steps": 1_400},
 }  # fmt: skip
 
-# What a preset is after, where that number comes from, and how long it takes.
+# What a preset gave, as it stands, and after how long.
 ABOUT = {
-    "paper": ("4.67 bits/dim (arXiv 1711.00937)", "a time not measured yet"),
-    "fast": ("4.67 bits/dim (arXiv 1711.00937)", "12 minutes of training on 2 cores"),
-    "notebook": ("normalised MSE .056 (DeepMind's notebook)", "10 minutes on 2 cores"),
-    "prior": ("fewer bits for the codes than under a unigram prior", "17 minutes on 1 core"),
+    "paper": "nothing, it is a task for a GPU",
+    "fast": "4.87 bits/dim after 12 minutes of training on 2 cores",
+    "notebook": "normalised MSE .056 after 11 minutes on 2 cores",
+    "prior": "codes .33 bits/dim below a unigram prior (of `fast`) after 17 minutes on 1 core",
+}
+
+# Published numbers and their sources, by what is measured.
+PUBLISHED = {
+    "bits_per_dim": (4.67, "the paper, arXiv 1711.00937"),
+    "nmse": (0.056, "DeepMind's notebook, training batches"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One field, one flag. The defaults are the paper's (section 4.1)."""
+    """One field, one flag. Defaults: those of `paper`; README.md says which the paper states."""
 
     # Of every run:
-    preset: str = flag("", "where the other defaults come from (no preset: see above)", [*PRESETS])
+    preset: str = flag("", "other defaults (without: fast, on a GPU paper --init pca)", [*PRESETS])
     data_dir: str = flag("data", "folder with CIFAR-10, or to fetch it into")
     lr: float = flag(2e-4, "Adam's learning rate", None, TINY, 1e3)
     warmup: int = flag(0, "steps over which lr rises from 0", None, 0, 10**9)
-    decay: float = flag(0.0, "last part of the run: lr and 1 - gamma fall to 0", None, 0.0, 1.0)
+    decay: float = flag(0.0, "part of the run, its last, in which lr falls to 0", None, 0.0, 1.0)
     batch: int = flag(128, "images a step", None, 1, 10**9)
     steps: int = flag(250_000, "length of the run", None, 1, 10**9)
     seed: int = flag(0, "of the weights and of the order of the images", None, 0, 2**31 - 1)
@@ -127,9 +127,9 @@ class Config:
     D: int = flag(64, "length of a code", None, 1, 4096)
     shared: bool = flag(False, "one codebook for all slots instead of one each")
     likelihood: str = flag("categorical", "p(x | z_q)", [*model.LIKELIHOODS])
-    init: str = flag("random", "start: random, codes from data, all of it a patch quantiser", INITS)
+    init: str = flag("random", "data: codes are encoder outputs; pca: a patch quantiser", INITS)
     quantizer: str = flag("vq", "how z_e becomes codes", [*quantize.QUANTIZERS])
-    gradient: str = flag("straight-through", "how it passes the codebook", [*quantize.GRADIENTS])
+    gradient: str = flag("straight-through", "what passes the argmin", [*quantize.GRADIENTS])
     codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", None, 0.0, 1 - 1e-9)
     restart: float = flag(0.0, "EMA: move codes used less a batch than this", None, 0.0, 1e6)
@@ -138,7 +138,6 @@ class Config:
     width: int = flag(256, "prior: channels of its transformer", None, 2, 8192)
     layers: int = flag(2, "prior: blocks of its transformer", None, 0, 100)
     heads: int = flag(8, "prior: attention heads", None, 1, 1024)
-    dropout: float = flag(0.0, "prior: part of the activations dropped", None, 0.0, 0.9)
     temperature: float = flag(1.0, "prior: of its samples", None, TINY, 100.0)
     count: int = flag(64, "prior: samples in a grid", None, 1, 10_000)
 
@@ -166,6 +165,8 @@ def check(config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         if low is not None and not low <= value <= high:  # nan is not, either
             raise Stop(2, f"--{f.name} {value} makes no sense: it goes from {low} to {high}.")
+    if config.init == "data" and not quantize.QUANTIZERS[config.quantizer].learns:
+        raise Stop(2, f"--init data is of no use to --quantizer {config.quantizer}: leave it out.")
     if wrong := quantize.QUANTIZERS[config.quantizer].refuses(config.K, config.D):
         raise Stop(2, f"--quantizer {wrong}.")
     if config.init == "pca" and config.hidden < model.ROOM:
@@ -204,7 +205,6 @@ class Task(NamedTuple):
 
     examples: Any  # [n, ...]; a batch of them goes to each step
     init: Callable  # () -> TrainState before step 1
-    like: TrainState  # shapes of the same, for a checkpoint to be read into
     train_step: Callable  # state, batch -> state, metrics
     measure: Callable  # params, log -> metrics, {file name: function that makes the figure}
 
@@ -218,13 +218,9 @@ def vqvae_task(config):
         first = data.order(config.seed, len(dataset.train), size, 0, 1)[0]
         return init_state(config, net, dataset.train[first])
 
-    return Task(
-        examples=dataset.train,
-        init=init,
-        like=jax.eval_shape(lambda: init_state(config, net, None)),
-        train_step=make_train_step(config, net, dataset.variance()),
-        measure=lambda params, log: measure_vqvae(config, net, params, dataset, log),
-    )
+    train_step = make_train_step(config, net, dataset.variance())
+    measure = functools.partial(measure_vqvae, config, net, dataset)
+    return Task(dataset.train, init, train_step, measure)
 
 
 def init_state(config, net, images):
@@ -246,7 +242,7 @@ def init_state(config, net, images):
 
 
 def fall(config, step):
-    """1, and over the last `decay` of the run linearly down to 0: what slows lr and the EMA."""
+    """1, and over the last `decay` of the run linearly down to 0: what slows lr, and 1 - gamma."""
     return jnp.minimum(1.0, (config.steps - step) / max(1, config.decay * config.steps))
 
 
@@ -264,7 +260,6 @@ def make_train_step(config, net, variance):
     """The update: `state, metrics = train_step(state, images)`, images uint8 [B, 32, 32, 3]."""
     likelihood = model.LIKELIHOODS[config.likelihood]
     learns = quantize.QUANTIZERS[config.quantizer].learns
-    optimizer = make_optimizer(config)
 
     def loss_fn(params, images):
         outputs, z_e, q = net.apply({"params": params}, images)
@@ -275,39 +270,43 @@ def make_train_step(config, net, variance):
         return loss, (reconstruction, z_e, q)
 
     def train_step(state, images):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)  # of mirrors and restarts
         if config.flip:
             mirror = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirror, images[:, :, ::-1], images)
-        (loss, (reconstruction, z_e, q)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, images
-        )
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        params, ema = optax.apply_updates(state.params, updates), state.ema
+        after, (reconstruction, z_e, q), metrics = adam_step(config, loss_fn, state, images)
+        codebook = after.params["codebook"]  # [S, K, D]
         if learns and config.codebook == "ema":  # the codebook's own gradient was zero
             gamma = 1 - (1 - config.gamma) * fall(config, state.step)
-            ema, e = quantize.ema_update(ema, params["codebook"], z_e, q.codes, gamma)
+            ema, e = quantize.ema_update(state.ema, codebook, z_e, q.codes, gamma)
             if config.restart:
                 ema, e = quantize.restart(key, ema, e, z_e, config.restart)
-            params = {**params, "codebook": e}
-        S, K, _ = params["codebook"].shape
+            after = after._replace(params={**after.params, "codebook": e}, ema=ema)
         bits = reconstruction / math.log(2) + code_bits(config)
-        metrics = {
-            "loss": loss,
+        counts = quantize.usage(q.codes, *codebook.shape[:2])
+        return after, {
+            **metrics,
             **({"bits_per_dim": bits} if likelihood.exact else {"nmse": reconstruction}),
-            "codebook_loss": q.codebook_loss,
+            "codebook_loss": q.codebook_loss,  # the same number as the next, another gradient
             "commitment_loss": q.commitment_loss,
-            "perplexity": quantize.perplexity(quantize.usage(q.codes, S, K)).mean(),
-            "grad_norm": optax.tree.norm(grads),
+            "perplexity": quantize.perplexity(counts).mean(),
         }
-        return TrainState(state.step + 1, params, opt, ema), metrics
 
     return train_step
 
 
+def adam_step(config, loss_fn, state, *inputs):
+    """One step of Adam down loss_fn(params, *inputs) -> loss, aux: the next state, aux, metrics."""
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
+    updates, opt = make_optimizer(config).update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, opt, state.ema), aux, metrics
+
+
 def code_bits(config):
     """What the latents cost under the uniform prior, in bits/dim: 64 N log2(K) / 3072."""
-    return 64 * config.slots * math.log2(config.K) / PIXELS
+    return 64 * config.slots * math.log2(config.K) / VALUES
 
 
 # The loop
@@ -375,13 +374,8 @@ def make_train_steps(train_step):
     """
 
     def train_steps(state, examples, index):
-        if jax.default_backend() != "cpu":
-            return jax.lax.scan(lambda s, i: train_step(s, examples[i]), state, index)
-        metrics = []
-        for i in index:
-            state, last = train_step(state, examples[i])
-            metrics.append(last)
-        return state, jax.tree.map(lambda *values: jnp.stack(values), *metrics)
+        unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: no loop is left
+        return jax.lax.scan(lambda s, i: train_step(s, examples[i]), state, index, unroll=unroll)
 
     return jax.jit(train_steps, donate_argnums=0, compiler_options=compiler_options())
 
@@ -414,12 +408,8 @@ def placements(config):
 
 def collect(progress, state, waiting, clock):
     """Progress with the metrics of the last launches, for which it waits, and their seconds."""
-    fetched = jax.device_get(waiting)
-    names = fetched[0] if fetched else progress.pending
-    pending = {
-        name: np.concatenate([progress.pending.get(name, []), *(m[name] for m in fetched)])
-        for name in names
-    }
+    parts = [part for part in (progress.pending, *jax.device_get(waiting)) if part]
+    pending = jax.tree.map(lambda *values: np.concatenate(values), *parts)
     seconds = progress.seconds + time.perf_counter() - clock
     return progress._replace(state=state, pending=pending, seconds=seconds)
 
@@ -449,24 +439,18 @@ def write_log(out, step, progress):
 @contextlib.contextmanager
 def signals():
     """Yields a list that the first signal to stop is put into; a second one stops at once."""
-    caught, before = [], {}
+    caught = []
+    with contextlib.ExitStack() as handlers:
 
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        def note(number, frame):
+            caught.append(number)
+            handlers.close()  # puts the old ones back
 
-    def note(number, frame):
-        caught.append(number)
-        restore()
-
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a run goes on
-                before[number] = signal.signal(number, note)
-    try:
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a run goes on
+                    handlers.callback(signal.signal, number, signal.signal(number, note))
         yield caught
-    finally:
-        restore()
 
 
 # Measuring
@@ -483,7 +467,8 @@ def evaluate(config, net, params, dataset):
     def measure(params, images):
         outputs, _, q = net.apply({"params": params}, images)
         nll, shown = likelihood.loss(outputs, images, variance)
-        return nll.sum(), jnp.square(shown / 255 - images / 255.0).sum(), q.codes, shown
+        error = jnp.square(shown / 255 - images / 255.0).sum()
+        return nll.sum(), error, q.codes, shown[:SHOWN]
 
     batches = in_batches(dataset.test, f"measuring on {len(dataset.test):,} images")
     measured = [jax.device_get(measure(params, images)) for images in batches]
@@ -498,18 +483,18 @@ def evaluate(config, net, params, dataset):
         "mse": mse,
         "nmse": mse / variance,
         "psnr": -10 * math.log10(mse) if mse else None,
-        "perplexity": math.exp(np.log(perplexities).mean()),
+        "perplexity": math.exp(np.log(perplexities).mean()),  # of the mean entropy
         "perplexity_per_codebook": [round(float(p), 1) for p in perplexities],
         "codes_used": int((counts > 0).sum()),
     }
     if likelihood.exact:
-        trained = encode(net, params, dataset.train[:UNIGRAM_IMAGES])
+        trained = images_to_codes(net, params, dataset.train[:UNIGRAM_IMAGES])
         metrics["bits_per_dim"] = nll / math.log(2) + code_bits(config)
         metrics["bits_per_dim_unigram"] = nll / math.log(2) + unigram_bits(config, trained, codes)
-    return metrics, codes, np.concatenate(shown[:SHOWN])[:SHOWN]
+    return metrics, codes, shown[0]
 
 
-def encode(net, params, images):
+def images_to_codes(net, params, images):
     """The codes of images uint8 [n, 32, 32, 3]: uint16 [n, 8, 8, N]."""
     to_codes = jax.jit(lambda p, x: net.apply({"params": p}, x, method="to_codes"))
     batches = in_batches(images, f"encoding {len(images):,} images")
@@ -523,7 +508,7 @@ def unigram_bits(config, trained, codes):
     """
     prior = 1.0 + np.float64(quantize.usage(trained, config.slots, config.K))  # [N, K]
     bits = -np.log2(prior / prior.sum(1, keepdims=True))
-    return bits[np.arange(config.slots), codes].sum() / len(codes) / PIXELS
+    return bits[np.arange(config.slots), codes].sum() / len(codes) / VALUES
 
 
 def in_batches(examples, text):
@@ -534,11 +519,21 @@ def in_batches(examples, text):
             show(min(start + EVAL_BATCH, len(examples)), "")
 
 
-def measure_vqvae(config, net, params, dataset, log):
+def goal(config):
+    """What a VQ-VAE is measured by, the published number (None where none compares), and a text."""
+    key = "bits_per_dim" if model.LIKELIHOODS[config.likelihood].exact else "nmse"
+    if config.dataset != "cifar10":
+        return key, None, "nothing, not being CIFAR-10"
+    if config.likelihood == "colours":
+        return key, None, "nothing with a pixel's colours conditioned on one another"
+    number, source = PUBLISHED[key]
+    return key, number, f"{number:g} {LABELS[key]} ({source})"
+
+
+def measure_vqvae(config, net, dataset, params, log):
     """Task.measure of a VQ-VAE: metrics on the test images, and its pictures."""
     metrics, codes, shown = evaluate(config, net, params, dataset)
-    key, published = ("bits_per_dim", 4.67) if metrics["bits_per_dim"] else ("nmse", 0.056)
-    published = published if config.dataset == "cifar10" else None
+    key, published, _ = goal(config)
     counts = np.asarray(quantize.usage(codes, *params["codebook"].shape[:2]))
     images, rmse = dataset.test[:SHOWN], 255 * math.sqrt(metrics["mse"])
     title = f"{dataset.name}, {dataset.split} images: {metrics[key]:.4g} {LABELS[key]}, "
@@ -561,29 +556,21 @@ def prior_task(config, run):
     params = progress.state.params
     dataset = data.load(vqvae.dataset, config.data_dir, vqvae.val)
     mirrored = [dataset.train[:, :, ::-1]] if vqvae.flip else []
-    codes = encode(net, params, np.concatenate([dataset.train, *mirrored]))  # [n, 8, 8, N]
-    prior, codebook, optimizer = build(config), params["codebook"], make_optimizer(config)
+    codes = images_to_codes(net, params, np.concatenate([dataset.train, *mirrored]))  # [n, 8, 8, N]
+    prior, codebook = build(config), params["codebook"]
 
-    def loss_fn(params, codes, key):
-        rngs = {"dropout": key}
-        logits = prior.apply({"params": params}, codes, codebook, train=True, rngs=rngs)
-        return model.prior_nll(logits, codes).mean()
+    def loss_fn(params, codes):
+        logits = prior.apply({"params": params}, codes, codebook)
+        return model.softmax_nll(logits, codes).mean(), None
 
     def train_step(state, codes):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, codes, key)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        bits = loss / math.log(2) * codes[0].size / PIXELS
-        metrics = {"loss": loss, "code_bits_per_dim": bits, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt, ()), metrics
+        after, _, metrics = adam_step(config, loss_fn, state, codes)
+        bits = metrics["loss"] / math.log(2) * codes[0].size / VALUES
+        return after, {**metrics, "code_bits_per_dim": bits}
 
-    def measure(trained, log):
-        return measure_prior(config, trained, (vqvae, net, params), dataset, codes, log)
-
-    init = functools.partial(init_prior, config, prior, codebook)
-    like = jax.eval_shape(lambda: init(codes[:1]))
-    return Task(codes, lambda: init(codes[:UNIGRAM_IMAGES]), like, train_step, measure)
+    init = functools.partial(init_prior, config, prior, codebook, codes[:UNIGRAM_IMAGES])
+    measure = functools.partial(measure_prior, config, (vqvae, net, params), dataset, codes)
+    return Task(codes, init, train_step, measure)
 
 
 def init_prior(config, prior, codebook, codes):
@@ -594,7 +581,7 @@ def init_prior(config, prior, codebook, codes):
     return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(config).init)(params), ())
 
 
-def measure_prior(config, trained, run, dataset, codes, log):
+def measure_prior(config, run, dataset, codes, trained, log):
     """Task.measure of a prior: bits/dim of the run's test images under three priors, samples.
 
     trained: the prior's parameters; run: Config, network and parameters of the VQ-VAE;
@@ -607,13 +594,13 @@ def measure_prior(config, trained, run, dataset, codes, log):
     @jax.jit
     def cost(trained, codes):
         logits = prior.apply({"params": trained}, codes, codebook)
-        return model.prior_nll(logits, codes).sum() / math.log(2)
+        return model.softmax_nll(logits, codes).sum() / math.log(2)
 
     batches = in_batches(tested, "measuring the prior")
     bits = {
         "uniform": code_bits(vqvae),
         "unigram": unigram_bits(vqvae, codes[:UNIGRAM_IMAGES], tested),
-        "prior": sum(float(cost(trained, batch)) for batch in batches) / len(tested) / PIXELS,
+        "prior": sum(float(cost(trained, batch)) for batch in batches) / len(tested) / VALUES,
     }
     found = {f"code_bits_per_dim_{name}": value for name, value in bits.items()}
     if metrics["bits_per_dim"]:
@@ -623,9 +610,9 @@ def measure_prior(config, trained, run, dataset, codes, log):
     def samples():
         columns = [codes[:512, ..., n].ravel() for n in range(vqvae.slots)]
         alone = [np.random.default_rng(n).choice(c, (8, 8, 8)) for n, c in enumerate(columns)]
-        alone = decode(vqvae, net, params, np.stack(alone, -1))
+        alone = codes_to_images(vqvae, net, params, np.stack(alone, -1))
         title = f"{dataset.name}, preset {vqvae.preset}, temperature {config.temperature:g}"
-        return samples_figure(sample(config, trained, run), alone, title)
+        return samples_figure(sample_images(config, trained, run), alone, title)
 
     title = f"prior: {bits['unigram'] - bits['prior']:.3f} bits/dim below a unigram prior"
     return found, {
@@ -634,22 +621,20 @@ def measure_prior(config, trained, run, dataset, codes, log):
     }
 
 
-def sample(config, trained, run):
+def sample_images(config, trained, run):
     """Images of codes drawn from a prior: uint8 [config.count, 32, 32, 3].
 
     config and trained: of the prior; run: Config, network and parameters of the VQ-VAE.
     """
     vqvae, net, params = run
-    key, shape = jax.random.key(config.seed), (config.count, 8, 8, vqvae.slots)
+    prior, codebook, key = build(config), params["codebook"], jax.random.key(config.seed)
+    shape = config.count, 8, 8, vqvae.slots
     with bar(f"sampling {config.count} images", 64, 0) as show:
-        codes = model.sample(
-            build(config), trained, params["codebook"], key, shape, config.temperature,
-            lambda done: show(done, ""),
-        )  # fmt: skip
-    return decode(vqvae, net, params, codes)
+        codes = model.sample_codes(prior, trained, codebook, key, shape, config.temperature, show)
+    return codes_to_images(vqvae, net, params, codes)
 
 
-def decode(config, net, params, codes):
+def codes_to_images(config, net, params, codes):
     """Pictures of codes [n, 8, 8, N], means of the likelihood: uint8 [n, 32, 32, 3]."""
     likelihood, blank = model.LIKELIHOODS[config.likelihood], np.zeros((1, 32, 32, 3), np.uint8)
 
@@ -668,7 +653,7 @@ def sample_again(run, flags):
     config, _, prior = load(run / "prior")
     vqvae, net, progress = load(run)
     config = check(dataclasses.replace(config, **flags))
-    images = sample(config, prior.state.params, (vqvae, net, progress.state.params))
+    images = sample_images(config, prior.state.params, (vqvae, net, progress.state.params))
     words = f"seed {config.seed}, temperature {config.temperature:g}"
     file = run / "prior" / f"samples-{words}.png".replace(", ", "-").replace(" ", "-")
     with atomic(file) as png:
@@ -689,7 +674,9 @@ LABELS = {
 
 def new_figure(width, height, title):
     """An empty figure, sizes in inches."""
-    figure = import_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+    from matplotlib.figure import Figure  # takes a second
+
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=12, wrap=True)
     return figure
 
@@ -812,12 +799,6 @@ def survive(write, what):
         say(f"could not write {what} ({error.strerror}): the run goes on; free some space.", True)
 
 
-def write_json(path, value):
-    """Write one JSON object, indented."""
-    with atomic(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
 def settings(config):
     """The fields that a run has: a VQ-VAE none of the prior's, a prior none of a VQ-VAE's."""
     alien = OF_VQVAE if config.preset == "prior" else OF_PRIOR
@@ -838,15 +819,13 @@ def read_config(out):
     path = out / "config.json"
     try:
         saved = {"preset": "", **json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError):
-        raise Stop(2, f"{out} is no run folder: it has no readable config.json.") from None
-    try:
         if alien := set(saved) - set(NAMES):
             raise Stop(2, f"it has no {', '.join(alien)}.")
         return check(Config(**vars(make_parser().parse_args(as_flags(saved)))))
+    except (OSError, ValueError, TypeError):
+        raise Stop(2, f"{out} is no run folder: it has no readable config.json.") from None
     except Stop as error:
-        text = f"{path} is not of this version of the kit: {error.args[1]}"
-        raise Stop(2, text) from None
+        raise Stop(2, f"{path} is not of this version of the kit: {error.args[1]}") from None
 
 
 def fingerprint(config):
@@ -872,19 +851,17 @@ def save_checkpoint(out, progress, config):
 
 
 def load_checkpoint(out, like, config):
-    """Progress from the newest good checkpoint of a run folder, None where there is none yet.
+    """Progress from the newest good checkpoint of a run folder.
 
     like: a TrainState of the same shapes. Names a damaged file, or one of other settings, and takes
     the one before it; deletes nothing. Raises Stop when none of them is good.
     """
     for file in checkpoints(out):
-        content = file.read_bytes()
-        wrong = "is damaged"
+        content, wrong = file.read_bytes(), "is damaged"
         if hashlib.sha256(content[32:]).digest() == content[:32]:
+            wrong = f"belongs to another run than {out / 'config.json'}, or to other code"
             saved = flax.serialization.msgpack_restore(content[32:])
-            wrong = f"belongs to another run than {out / 'config.json'}"
             if saved.pop("config") == fingerprint(config):
-                wrong = "does not fit the networks of this version of the code"
                 with contextlib.suppress(ValueError, KeyError):
                     state = flax.serialization.from_state_dict(like, saved.pop("state"))
                     if jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, like):
@@ -893,7 +870,7 @@ def load_checkpoint(out, like, config):
     if checkpoints(out):
         text = f"no checkpoint in {out} is good: move it away, or name another --out,"
         raise Stop(1, f"{text} and start anew.")
-    return None
+    raise Stop(1, f"{out} has no checkpoint yet: go on with --resume {out}.")
 
 
 def load(run):
@@ -906,10 +883,7 @@ def load(run):
         vqvae, _, progress = load(run.parent)
         field, codebook = np.zeros((1, 8, 8, vqvae.slots), int), progress.state.params["codebook"]
         init = functools.partial(init_prior, config, net, codebook, field)
-    progress = load_checkpoint(run, jax.eval_shape(init), config)
-    if progress is None:
-        raise Stop(1, f"{run} has no checkpoint yet: go on with --resume {run}.")
-    return config, net, progress
+    return config, net, load_checkpoint(run, jax.eval_shape(init), config)
 
 
 def refuse_taken(out):
@@ -1028,19 +1002,13 @@ def result_row(config, progress, metrics):
 
 # The command line
 
+# verb -> what it does, and the flags that go beside it; without a verb all but those of a prior.
+FOR_PRIOR = [name for name in NAMES if name not in [*OF_VQVAE, "preset", "out"]]
 VERBS = {
-    "resume": "continue this run",
-    "eval": "measure this run again",
-    "prior": "train a prior over the codes of this run",
-    "sample": "draw a new grid of samples from the prior of this run",
-}
-# The flags that go beside each; without a verb all but those of a prior.
-BESIDE = {
-    "eval": ["data_dir"],
-    "sample": ["seed", "temperature", "count"],
-    "prior": [name for name in NAMES if name not in [*OF_VQVAE, "preset", "out"]],
-    "resume": ["data_dir"],
-    "train": [name for name in NAMES if name not in OF_PRIOR],
+    "resume": ("continue this run", ["data_dir"]),
+    "eval": ("measure this run again", ["data_dir"]),
+    "prior": ("train a prior over the codes of this run", FOR_PRIOR),
+    "sample": ("draw new samples from the prior of this run", ["seed", "temperature", "count"]),
 }
 
 
@@ -1059,28 +1027,29 @@ def make_parser():
         changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
         text = f"{f.metadata['help']} (default: {', '.join([str(f.default) or '-', *changed])})"
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-    for verb, text in VERBS.items():
+    for verb, (text, _) in VERBS.items():
         parser.add_argument(f"--{verb}", metavar="RUN", default=argparse.SUPPRESS, help=text)
     return parser
 
 
 def parse(argv):
-    """Command line -> verb (a key of BESIDE), the run folder it names, overrides of Config."""
+    """Command line -> verb (of VERBS, or "train"), the run folder it names, overrides of Config."""
     flags = vars(make_parser().parse_args(argv))
     verbs = [verb for verb in VERBS if verb in flags]
     verb = verbs[0] if verbs else "train"
     run = flags.pop(verb, None)
     if len(verbs) > 1 or run == "" or flags.get("preset") == "prior":
         raise Stop(2, "give one run folder to one verb, such as --prior runs/fast-1.")
+    beside = VERBS[verb][1] if verbs else [name for name in NAMES if name not in OF_PRIOR]
     for name in flags:
-        if name not in BESIDE[verb]:
+        if name not in beside:
             where = f"--{verb}" if verbs else "a VQ-VAE: it belongs to --prior or --sample"
             raise Stop(2, f"--{name} does not go with {where}.")
     return verb, Path(run) if verbs else None, flags
 
 
 def run(argv):
-    """The whole program; raises Stop or data.DataError."""
+    """The whole program; raises Stop."""
     verb, folder, flags = parse(argv)
     try:
         device = hardware()
@@ -1091,28 +1060,28 @@ def run(argv):
     if verb == "sample":
         return sample_again(folder, flags)
     if verb == "prior":
-        here = {"preset": "prior", "out": str(folder / "prior")}
-        flags = {"data_dir": read_config(folder).data_dir, **flags, **here}
-    config = configure(flags) if verb in ("train", "prior") else read_config(folder)
-    config = dataclasses.replace(config, **flags)
-    target, minutes = ABOUT[config.preset]
+        vqvae, folder = read_config(folder), folder / "prior"
+        flags = {"data_dir": vqvae.data_dir, **flags, "preset": "prior", "out": str(folder)}
+    new = verb in ("train", "prior")
+    config = configure(flags) if new else dataclasses.replace(read_config(folder), **flags)
     here = "a CPU" if jax.default_backend() == "cpu" else "a GPU"
     why = "" if verb != "train" or "preset" in flags else f", the one for {here}"
     say(f"preset {config.preset}{why}: {config.steps:,} steps of {config.batch} on {device}")
-    say(f"after: {target}; takes {minutes}")
-    if verb in ("train", "prior") and config.out:
+    say(f"the preset as measured: {ABOUT[config.preset]}")
+    if config.preset != "prior":
+        say(f"published: {goal(config)[2]}")
+    if new and config.out:
         refuse_taken(Path(config.out))  # before the wait
-    task = make_task(config, folder)
+    if verb == "resume" and (folder / "result.json").exists():
+        raise Stop(2, f"the run in {folder} is finished: measure it again with --eval {folder}.")
+    task = prior_task(config, folder.parent) if config.preset == "prior" else vqvae_task(config)
     if config.batch > len(task.examples):
         raise Stop(2, f"--batch {config.batch} is more than {len(task.examples)} images.")
-    out = claim(config) if verb in ("train", "prior") else folder
-    if verb == "resume" and (out / "result.json").exists():
-        raise Stop(2, f"the run in {out} is finished: measure it again with --eval {out}.")
+    out = claim(config) if new else folder
     say(f"the run is in {out}")
-    progress = load_checkpoint(out, task.like, config)
-    if progress is None:
-        if verb == "eval":
-            raise Stop(1, f"{out} has no checkpoint yet: go on with --resume {out}.")
+    if verb == "eval" or checkpoints(out):
+        progress = load(out)[2]
+    else:
         say("preparing the start")
         progress = Progress(task.init(), [], {}, 0.0, 0.0)
     try:
@@ -1125,16 +1094,10 @@ def run(argv):
         raise Stop(1, f"--batch {config.batch} is too much memory: try {half}.") from None
     except KeyboardInterrupt:
         raise Stop(130, f"stopped; go on with --resume {out}") from None
-    name = "eval.json" if verb == "eval" else "result.json"
-    write_json(out / name, result_row(config, progress, metrics))
+    row = json.dumps(result_row(config, progress, metrics), indent=1) + "\n"
+    with atomic(out / ("eval.json" if verb == "eval" else "result.json")) as file:
+        file.write(row.encode())
     return show_result(out, metrics, pictures, config)
-
-
-def make_task(config, folder):
-    """The Task of a configuration; folder: of the VQ-VAE, or of the prior in it, for a prior."""
-    if config.preset != "prior":
-        return vqvae_task(config)
-    return prior_task(config, folder.parent if folder.name == "prior" else folder)
 
 
 def show_result(out, metrics, pictures, config):
@@ -1143,8 +1106,7 @@ def show_result(out, metrics, pictures, config):
         if value is not None and key != "perplexity_per_codebook":
             say(f"  {key:26} {value:.6g}")
     if config.preset != "prior":
-        mine = config.dataset == "cifar10"
-        say(f"  published: {ABOUT[config.preset][0] if mine else 'nothing, not being CIFAR-10'}")
+        say(f"  published: {goal(config)[2]}")
     for name, draw in pictures.items():
         try:
             with atomic(out / name) as file:
@@ -1161,8 +1123,6 @@ def main(argv=None):
         return 0
     except Stop as stop:
         code, text = stop.args
-    except data.DataError as error:
-        code, text = 1, error
     except OSError as error:
         code, text = 1, f"{error.filename}: {error.strerror}; nothing deleted."
     except KeyboardInterrupt:
