@@ -43,9 +43,17 @@ def nearest(z, codebook):
 
 
 def first_least(x):
-    """jnp.argmin(x, -1), as two reductions that vectorise on a CPU, where argmin does not."""
-    k = jnp.arange(x.shape[-1], dtype=jnp.float32)  # floats reduce faster than integers there
-    return jnp.min(jnp.where(x == x.min(-1, keepdims=True), k, len(k) - 1), -1).astype(jnp.int32)
+    """jnp.argmin of a vector, as two minima that vectorise on a CPU, where argmin does not."""
+    k = jnp.arange(len(x), dtype=jnp.float32)  # floats are faster than integers there
+    return least(jnp.where(x == least(x), k, len(x) - 1)).astype(jnp.int32)
+
+
+def least(x):
+    """jnp.min of a vector; on a CPU by halving it, so that lifted it compares rows of positions."""
+    while len(x) > 1 and jax.default_backend() == "cpu":
+        half = (len(x) + 1) // 2
+        x = jnp.minimum(x[:half], x[-half:])
+    return x.min()
 
 
 def lookup(z_e, codebook):
@@ -59,7 +67,7 @@ def lookup(z_e, codebook):
     if jax.default_backend() == "cpu":  # the same vmaps, in pieces that stay in cache
 
         def one_slot(pair):
-            return jax.lax.map(lambda v: nearest(v, pair[1]), pair[0], batch_size=2048)
+            return jax.lax.map(lambda v: nearest(v, pair[1]), pair[0], batch_size=256)
 
         codes = jax.lax.map(one_slot, (z, books))
     else:
