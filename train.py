@@ -1002,8 +1002,8 @@ def result_row(config, progress, metrics):
 
 # The command line
 
-# verb -> what it does, and the flags that go beside it; without a verb all but those of a prior.
 FOR_PRIOR = [name for name in NAMES if name not in [*OF_VQVAE, "preset", "out"]]
+# verb -> what it does, and the flags that go beside it; without a verb all but those of a prior.
 VERBS = {
     "resume": ("continue this run", ["data_dir"]),
     "eval": ("measure this run again", ["data_dir"]),
