@@ -1569,10 +1569,10 @@ def read_log(run):
 
 
 def read_result(run):
-    """result.json without its times and the command."""
+    """result.json without what two equal runs may differ in: when, how long, from which files."""
     row = json.loads((run / "result.json").read_text())
-    timed = "train_seconds", "compile_seconds", "ms_per_step", "command", "peak_memory_mib"
-    return {k: v for k, v in row.items() if k not in timed}
+    timed = "train_seconds", "compile_seconds", "ms_per_step", "peak_memory_mib", "date"
+    return {k: v for k, v in row.items() if k not in (*timed, "command", "commit")}
 
 
 def read_params(run):
