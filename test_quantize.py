@@ -2232,6 +2232,21 @@ def test_nobody_reads_what_it_prints(tmp_path, reader):
     assert len(list((tmp_path / "run").glob("*.png"))) == 3
 
 
+def test_the_time_left_leaves_out_what_was_compiled(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    with train.bar("training", 100, 40) as show:
+        for seconds, step, words in ((5, 40, "compiling"), (65, 40, ""), (95, 55, "")):
+            clock[0] = seconds
+            show(step, words)
+    assert capsys.readouterr().out.split("\n")[:-1] == [
+        "training",
+        "40/100    compiling",
+        "40/100    training",
+        "55/100  0:01:30 left  training",
+    ]
+
+
 @slow
 def test_the_bar_on_a_terminal_of_80_columns(tmp_path):
     """Step, bar, time left and the numbers on one line, drawn over itself, cut nowhere."""

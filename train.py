@@ -343,6 +343,7 @@ def train(config, task, progress, out):
                 took = time.perf_counter() - start
                 progress = progress._replace(compile_seconds=progress.compile_seconds + took)
                 clock += took  # off the clock
+                show(step, "")
             state, metrics = compiled[count](state, examples, index)
             waiting.append(metrics)
             step += count
@@ -923,18 +924,21 @@ def bar(text, total, done):
     80 columns hold what is done, the bar, the time left and 36 letters.
     """
     terminal = sys.stdout and not sys.stdout.closed and sys.stdout.isatty()
-    begun, first, last = time.monotonic(), done, [time.monotonic(), ""]
+    begun = spoke = time.monotonic()
+    first, said = done, ""
 
     def show(done, words):
+        nonlocal begun, spoke, said
         now = time.monotonic()
-        if words in ("", last[1]) and now - last[0] < (0.2 if terminal else 10):
+        begun = now if done == first else begun  # the time to compile says nothing of what is left
+        if words in ("", said) and now - spoke < (0.2 if terminal else 10):
             return
         left = (now - begun) / max(1, done - first) * (total - done)
-        left = datetime.timedelta(seconds=round(left))
+        left = f"{datetime.timedelta(seconds=round(left))} left" if done > first else ""
         drawn = f"[{'#' * (12 * done // total):12}]" if terminal else ""
-        line = f"{done:,}/{total:,} {drawn} {left} left  {words or text}"
+        line = f"{done:,}/{total:,} {drawn} {left}  {words or text}"
         say(f"{line:79}\r" if terminal else line, end="" if terminal else "\n")
-        last[:] = now, words
+        spoke, said = now, words
 
     say(text)
     yield show
