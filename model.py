@@ -7,7 +7,7 @@
     likelihood  outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
 
 The letters are those of quantize.py; `outputs` holds what the likelihood asks for at each pixel.
-Parameters are float32; `dtype` is that of the activations.
+Parameters and `outputs` are float32; `dtype` is that of the activations between.
 """
 
 import functools
@@ -79,7 +79,8 @@ class Decoder(Network):
         x = nn.Conv(hidden, (3, 3) if deepmind else (1, 1), dtype=self.dtype)(z)
         x = residual_blocks(x, self.config, self.dtype)  # [B, 8, 8, hidden]
         x = Up(hidden // 2 if deepmind else hidden, self.dtype)(x)  # [B, 16, 16, hidden or half]
-        return Up(self.features, self.dtype)(nn.relu(x))  # [B, 32, 32, features]
+        # float32: at the start the softmax's logits reach hundreds, which bfloat16 rounds by one.
+        return Up(self.features, jnp.float32)(nn.relu(x))  # [B, 32, 32, features]
 
 
 # name of a network -> encoder and decoder. These two share their classes, which read config.net.
@@ -111,8 +112,9 @@ class VQVAE(Network):
         return self.quantizer.bound(z_e)
 
     def decode(self, z_q):
-        """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], in the dtype of the activations."""
-        return self.decoder(z_q.reshape(*z_q.shape[:3], -1).astype(self.dtype))
+        """z_q [B, 8, 8, N, D] -> outputs [B, 32, 32, outputs], float32."""
+        z = z_q.reshape(*z_q.shape[:3], -1).astype(self.dtype)  # [B, 8, 8, N D]
+        return self.decoder(z).astype(jnp.float32)
 
     def to_codes(self, images):
         """images uint8 [B, 32, 32, 3] -> codes [B, 8, 8, N], int32."""
@@ -137,7 +139,8 @@ class Down(nn.Module):
         shape = (4, 4, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return self.convolve(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return self.convolve(x, kernel) + bias
 
     def convolve(self, x, kernel):
         return down(x, kernel)
@@ -199,7 +202,7 @@ GREY = 16.0  # grey levels: the unit of means and scales, in `logistic`, `colour
 
 def categorical(outputs, images, variance):
     """256-way softmax for each colour value, as the authors used: 768 outputs at a pixel."""
-    logits = outputs.reshape(*images.shape, 256).astype(jnp.float32)  # [B, 32, 32, 3, 256]
+    logits = outputs.reshape(*images.shape, 256)  # [B, 32, 32, 3, 256]
     return softmax_nll(logits, images), nn.softmax(logits) @ jnp.arange(256.0)
 
 
@@ -215,7 +218,7 @@ def logistic(outputs, images, variance):
     p(x) = F(x + 1/2) - F(x - 1/2), F the logistic distribution function of that mean and scale,
     but 0 below x = 0 and 1 above x = 255.
     """
-    mean, log_scale = jnp.split(outputs.astype(jnp.float32), 2, -1)  # [B, 32, 32, 3] each
+    mean, log_scale = jnp.split(outputs, 2, -1)  # [B, 32, 32, 3] each
     mean = 127.5 + GREY * mean  # grey levels
     return logistic_nll(images, mean, log_scale), jnp.clip(mean, 0, 255)
 
@@ -226,7 +229,7 @@ def colours(outputs, images, variance):
     p(r) p(g | r) p(b | r, g): red's error moves green's mean, red's and green's move blue's. This
     is more than the authors' softmax, whose colours are independent. The reconstruction is z_q's.
     """
-    mean, log_scale, slope = jnp.split(outputs.astype(jnp.float32), 3, -1)
+    mean, log_scale, slope = jnp.split(outputs, 3, -1)
     mean = 127.5 + GREY * mean
     # Slopes times the errors of r, r, g move the means of g, b, b: as matmuls with zeros and ones,
     # since a CPU takes four times as long over slices of single channels.
@@ -262,7 +265,7 @@ def gaussian(outputs, images, variance):
 
     DeepMind's example. It has no probability of an integer value, hence no bits/dim.
     """
-    mean = outputs.astype(jnp.float32) + 0.5  # pixels in [0, 1]
+    mean = outputs + 0.5  # pixels in [0, 1]
     return (images / 255.0 - mean) ** 2 / variance, jnp.clip(255 * mean, 0, 255)
 
 
