@@ -108,7 +108,7 @@ class VQVAE(Network):
     def encode(self, images):
         """images uint8 [B, 32, 32, 3] -> z_e [B, 8, 8, N, D], float32."""
         z = self.encoder(jnp.asarray(images, self.dtype) / 255 - 0.5)  # [B, 8, 8, N D]
-        z_e = z.reshape(*z.shape[:3], self.config.slots, self.config.D).astype(jnp.float32)
+        z_e = z.reshape(len(z), 8, 8, self.config.slots, self.config.D).astype(jnp.float32)
         return self.quantizer.bound(z_e)
 
     def decode(self, z_q):
@@ -269,9 +269,9 @@ def gaussian(outputs, images, variance):
     return (images / 255.0 - mean) ** 2 / variance, jnp.clip(255 * mean, 0, 255)
 
 
-# What each says at the start. With m and l, a pixel's three means (less 127.5) and log scales in
-# units of GREY, `outputs` are [m, l] @ weights + bias, with weights [6, outputs], bias [outputs];
-# they are made from the errors' standard deviation [3] and slopes [3], as `colours` has them.
+# What each says at the start. With m and l, a pixel's three means (less 127.5) and log scales (of a
+# logistic) in units of GREY, `outputs` are [m, l] @ weights + bias; weights [6, outputs] and bias
+# [outputs] are made from the errors' standard deviation [3] and slopes [3], as `colours` has them.
 
 
 def categorical_start(deviation, slopes):
@@ -296,12 +296,13 @@ class Likelihood(NamedTuple):
     loss: Callable  # as above
     exact: bool  # whether the loss is -log p in nats, so that there are bits/dim
     start: Callable | None = None  # as above; without it there is no `--init pca`
+    conditioned: bool = False  # whether a pixel's colours are, on one another, as in `colours`
 
 
 LIKELIHOODS = {
     "categorical": Likelihood(3 * 256, categorical, True, categorical_start),
     "logistic": Likelihood(3 * 2, logistic, True, linear_start(6)),
-    "colours": Likelihood(3 * 3, colours, True, linear_start(9)),
+    "colours": Likelihood(3 * 3, colours, True, linear_start(9), conditioned=True),
     "gaussian": Likelihood(3, gaussian, False, linear_start(3, GREY / 255)),
 }
 
@@ -324,15 +325,16 @@ def pca_start(config, params, images, key):
     quantizer = quantize.QUANTIZERS[config.quantizer]
     mean = images.mean((0, 1, 2))  # [3], grey levels
     patches = np.float32(to_blocks((images - np.float32(mean)) / GREY, 4))  # [n, 8, 8, 48]
-    bits, conditioned = config.slots * math.log2(config.K), config.likelihood == "colours"
+    bits = config.slots * math.log2(config.K)
+    conditioned = LIKELIHOODS[config.likelihood].conditioned
     analysis, synthesis, share = principal(patches.reshape(-1, PATCH), bits, conditioned)
     dealt = deal(share, config.slots, config.D)  # [k, N D]
     analysis, synthesis = analysis[:, : len(dealt)], synthesis[: len(dealt)]
     if not quantizer.learns:  # fit the coefficients to the grid, not the grid to them
         dealt = dealt / (2 * (patches @ analysis).std((0, 1, 2))[:, None])
 
-    z_e = quantizer.bound(jnp.array(patches @ np.float32(analysis @ dealt)))
-    z_e = z_e.reshape(*z_e.shape[:3], config.slots, config.D)  # [n, 8, 8, N, D]
+    z_e = jnp.array(patches @ np.float32(analysis @ dealt))  # [n, 8, 8, N D]
+    z_e = quantizer.bound(z_e.reshape(*z_e.shape[:3], config.slots, config.D))
     codebook = params["codebook"]
     if quantizer.learns:
         codebook = quantize.kmeans(key, z_e, len(codebook), config.K)
@@ -420,7 +422,7 @@ def fit_errors(likelihood, kept, error):
     """
     red, green, blue = np.float64(error).reshape(-1, 3).T
     slopes = np.zeros(3)
-    if likelihood == "colours":
+    if LIKELIHOODS[likelihood].conditioned:
         slopes[:1] = np.linalg.lstsq(red[:, None], green, rcond=None)[0]
         slopes[1:] = np.linalg.lstsq(np.stack([red, green], -1), blue, rcond=None)[0]
     left = np.stack([red, green - slopes[0] * red, blue - slopes[1:] @ [red, green]], -1)

@@ -123,7 +123,7 @@ class Quantizer(NamedTuple):
 
     search: Callable = lookup  # z_e [B, h, w, N, D], codebook [S, K, D] -> codes [B, h, w, N]
     start: Callable = init_codebook  # key, S, K, D -> codebook [S, K, D]
-    bound: Callable = lambda z_e: z_e  # what keeps z_e within the codebook, elementwise
+    bound: Callable = lambda z_e: z_e  # what keeps z_e within the codebook, [..., N, D]
     learns: bool = True  # whether the codebook does, by its loss or by EMA
     refuses: Callable = lambda K, D: ""  # K, D -> what is wrong with them, or nothing
 

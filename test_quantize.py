@@ -866,7 +866,7 @@ def test_the_start_is_the_projection_of_patches(shape):
     assert np.square(expected - images[:20]).mean() > 1  # directions were left out
 
 
-@pytest.mark.parametrize("net_name", list(model.NETS))
+@pytest.mark.parametrize("net_name", ["paper", "deepmind"])
 def test_the_start_changes_only_weights_that_it_needs(net_name):
     """Names and shapes of the stock network; channels that carry nothing keep its weights."""
     config, net = tiny("fast", **{**ROOMY, "net": net_name, "blocks": 2})
@@ -990,6 +990,63 @@ def test_what_a_start_refuses(monkeypatch):
     with pytest.raises(train.Stop, match="--likelihood logistic has no start"):
         tiny("fast", **ROOMY)
     tiny("fast", **{**ROOMY, "init": "random"})
+    monkeypatch.setitem(model.NETS, "mine", (nn.Module, model.Decoder))
+    with pytest.raises(train.Stop, match="--net mine has no start: give --init random"):
+        tiny("fast", **{**ROOMY, "net": "mine", "likelihood": "colours"})
+
+
+class Half(model.Network):
+    """An encoder to 16 x 16 positions."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return model.Down(self.features, self.dtype)(x)
+
+
+def test_a_net_of_ones_own_has_8x8_positions(monkeypatch):
+    """That is what bits/dim charges for."""
+    monkeypatch.setitem(model.NETS, "mine", (Half, model.Decoder))
+    config, net = tiny(net="mine")
+    with pytest.raises(TypeError, match="reshape"):
+        train.init_state(config, net, pictures())
+
+
+def test_a_likelihood_may_sum_over_colours(monkeypatch):
+    """The log and the evaluation divide by the same number."""
+    config, net = tiny(likelihood="logistic")
+    images, losses = pictures(), []
+
+    def summed(outputs, images, variance):
+        nll, shown = model.logistic(outputs, images, variance)
+        return nll.sum(-1), shown
+
+    state = train.init_state(config, net, images)
+    for loss in (model.logistic, summed):
+        row = model.LIKELIHOODS["logistic"]._replace(loss=loss)
+        monkeypatch.setitem(model.LIKELIHOODS, "logistic", row)
+        step = jax.jit(train.make_train_step(config, net, 0.06))
+        losses.append(float(step(state, images)[1]["bits_per_dim"]))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_the_start_bounds_each_vector_by_itself(monkeypatch):
+    """`bound` gets [..., N, D] there as it does in the network."""
+
+    def unit(z):
+        return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+
+    monkeypatch.setitem(quantize.QUANTIZERS, "unit", quantize.Quantizer(bound=unit))
+    config, net = tiny("fast", **ROOMY, quantizer="unit")
+    outputs = []
+
+    def caught(key, z_e, S, K):
+        outputs.append(z_e)
+        return no_kmeans(key, z_e, S, K)
+
+    begin(net, config, photos(20), caught)
+    np.testing.assert_allclose(jnp.linalg.norm(outputs[0], axis=-1), 1, rtol=1e-5)
 
 
 # One step, and measuring

@@ -173,6 +173,8 @@ def check(config):
         raise Stop(2, f"--init pca needs --hidden {model.ROOM} or more, not {config.hidden}.")
     if config.init == "pca" and not model.LIKELIHOODS[config.likelihood].start:
         raise Stop(2, f"--likelihood {config.likelihood} has no start: give --init random.")
+    if config.init == "pca" and model.NETS[config.net] != model.NETS["paper"]:
+        raise Stop(2, f"--net {config.net} has no start: give --init random.")
     if config.width % config.heads:
         raise Stop(2, f"--width {config.width} must be a multiple of --heads {config.heads}.")
     if not config.data_dir:
@@ -257,13 +259,16 @@ def make_optimizer(config):
 
 
 def make_train_step(config, net, variance):
-    """The update: `state, metrics = train_step(state, images)`, images uint8 [B, 32, 32, 3]."""
+    """The update: `state, metrics = train_step(state, images)`, images uint8 [B, 32, 32, 3].
+
+    The metrics are scalars, and a run stops where one of them is no finite number.
+    """
     likelihood = model.LIKELIHOODS[config.likelihood]
     learns = quantize.QUANTIZERS[config.quantizer].learns
 
     def loss_fn(params, images):
         outputs, z_e, q = net.apply({"params": params}, images)
-        reconstruction = likelihood.loss(outputs, images, variance)[0].mean()
+        reconstruction = likelihood.loss(outputs, images, variance)[0].sum() / images.size
         loss = reconstruction + config.beta * q.commitment_loss
         if learns and config.codebook == "gradient":  # an EMA replaces this term
             loss = loss + q.codebook_loss
@@ -525,7 +530,7 @@ def goal(config):
     key = "bits_per_dim" if model.LIKELIHOODS[config.likelihood].exact else "nmse"
     if config.dataset != "cifar10":
         return key, None, "nothing, not being CIFAR-10"
-    if config.likelihood == "colours":
+    if model.LIKELIHOODS[config.likelihood].conditioned:
         return key, None, "nothing with a pixel's colours conditioned on one another"
     number, source = PUBLISHED[key]
     return key, number, f"{number:g} {LABELS[key]} ({source})"
@@ -1071,7 +1076,7 @@ def run(argv):
     here = "a CPU" if jax.default_backend() == "cpu" else "a GPU"
     why = "" if verb != "train" or "preset" in flags else f", the one for {here}"
     say(f"preset {config.preset}{why}: {config.steps:,} steps of {config.batch} on {device}")
-    say(f"the preset as measured: {ABOUT[config.preset]}")
+    say(f"the preset as measured: {ABOUT.get(config.preset, 'not yet')}")
     if config.preset != "prior":
         say(f"published: {goal(config)[2]}")
     if new and config.out:
