@@ -1013,6 +1013,7 @@ def test_a_net_of_ones_own_has_8x8_positions(monkeypatch):
         train.init_state(config, net, pictures())
 
 
+@slow
 def test_a_likelihood_may_sum_over_colours(monkeypatch):
     """The log and the evaluation divide by the same number."""
     config, net = tiny(likelihood="logistic")
