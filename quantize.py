@@ -67,7 +67,7 @@ def lookup(z_e, codebook):
     if jax.default_backend() == "cpu":  # the same vmaps, in pieces that stay in cache
 
         def one_slot(pair):
-            return jax.lax.map(lambda v: nearest(v, pair[1]), pair[0], batch_size=256)
+            return jax.lax.map(lambda v: nearest(v, pair[1]), pair[0], batch_size=512)
 
         codes = jax.lax.map(one_slot, (z, books))
     else:
@@ -268,7 +268,7 @@ def restart(key, ema, codebook, z_e, threshold):
     return EMA(count, total), jnp.where(dead[..., None], fresh, codebook)
 
 
-def kmeans(key, z_e, S, K, rounds=6):
+def kmeans(key, z_e, S, K, rounds=3):
     """Codebooks [S, K, D] by k-means of z_e [n, h, w, N, D].
 
     A round is an EMA step of gamma 0 and a restart: codes move to the means of their vectors, and
