@@ -72,8 +72,8 @@ PRESETS = {
     "paper": {},
     "fast": {
         "hidden": 128, "residual": 32, "D": 8, "likelihood": "logistic", "init": "pca",
-        "codebook": "ema", "restart": 0.25, "beta": 16.0, "lr": 6e-4, "warmup": 100, "decay": 0.7,
-        "batch": 16, "steps": 17_000, "flip": True,
+        "codebook": "ema", "restart": 0.25, "beta": 40.0, "lr": 6e-4, "warmup": 100, "decay": 0.7,
+        "batch": 16, "steps": 14_000, "flip": True,
     },
     "notebook": {
         "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
