@@ -47,12 +47,11 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it: te
 CACHE = tempfile.TemporaryDirectory()
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-# Compiling takes most of the time here. Some tests optimise as the program does. jaxlib 0.10 takes a
-# third less without its fusion emitters; another may not know that flag, and would abort.
+# Compiling takes most of the time here. Some tests optimise as the program does. Without its fusion
+# emitters jaxlib 0.10 takes a fifth less; another may not know that flag, and would abort.
 if jax.__version__.startswith("0.10."):
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-    )
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_disable_most_optimizations", True)
 TINY = {"hidden": 8, "residual": 4, "slots": 2, "K": 16, "D": 4, "batch": 8, "blocks": 1,
         "likelihood": "logistic"}  # fmt: skip
