@@ -1730,6 +1730,15 @@ def test_the_commit_of_a_result(tmp_path, monkeypatch):
     assert train.commit() == ""
 
 
+def test_the_commit_is_of_the_code_that_ran(copied, monkeypatch):
+    """Not of what lies there when the run ends."""
+    commits = ["begun"]
+    monkeypatch.setattr(train, "commit", lambda: commits[-1])
+    at_step(monkeypatch, lambda: commits.append("later"), 1, "measuring")
+    assert train.main([f"--eval={copied}"]) == 0 and commits[-1] == "later"
+    assert json.loads((copied / "eval.json").read_text())["commit"] == "begun"
+
+
 def test_what_a_run_prints(tmp_path, capsys):
     """Preset and device first; where it goes; lines of 80 columns; no carriage return in a file."""
     assert start(tmp_path) == 0
