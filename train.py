@@ -986,8 +986,8 @@ def commit():
     return ""
 
 
-def result_row(config, code, progress, metrics):
-    """The row for result.json: what was run, by which code, where, how long, what it gave."""
+def result_row(config, revision, progress, metrics):
+    """The row for result.json: what was run, by which commit, where, how long, what it gave."""
     here = {"out": config.out, "data_dir": config.data_dir}  # of this machine, not of the run
     usual = vars(Config(**PRESETS[config.preset])) | here
     changed = {name: v for name, v in settings(config).items() if v != usual[name]}
@@ -996,7 +996,7 @@ def result_row(config, code, progress, metrics):
         del changed["preset"]
     return {
         "command": " ".join(["python train.py", *as_flags(changed)]),
-        "commit": code,
+        "commit": revision,
         **{name: getattr(config, name) for name in ("preset", "steps", "batch", "seed")},
         "train_seconds": round(progress.seconds, 1),
         "compile_seconds": round(progress.compile_seconds, 1),
@@ -1086,7 +1086,8 @@ def run(argv):
     task = prior_task(config, folder.parent) if config.preset == "prior" else vqvae_task(config)
     if config.batch > len(task.examples):
         raise Stop(2, f"--batch {config.batch} is more than {len(task.examples)} images.")
-    out, code = claim(config) if new else folder, commit()  # the files may change while it runs
+    out = claim(config) if new else folder
+    revision = commit()  # now, as the files may change while it runs
     say(f"the run is in {out}")
     if verb == "eval" or checkpoints(out):
         progress = load(out)[2]
@@ -1103,7 +1104,7 @@ def run(argv):
         raise Stop(1, f"--batch {config.batch} is too much memory: try {half}.") from None
     except KeyboardInterrupt:
         raise Stop(130, f"stopped; go on with --resume {out}") from None
-    row = json.dumps(result_row(config, code, progress, metrics), indent=1) + "\n"
+    row = json.dumps(result_row(config, revision, progress, metrics), indent=1) + "\n"
     with atomic(out / ("eval.json" if verb == "eval" else "result.json")) as file:
         file.write(row.encode())
     return show_result(out, metrics, pictures, config)
