@@ -581,7 +581,8 @@ def prior_task(config, run):
 
 def init_prior(config, prior, codebook, codes):
     """TrainState of a prior before step 1: the unigram prior of `codes` [n, h, w, N]."""
-    params = jax.jit(prior.init)(jax.random.key(config.seed), codes[:1], codebook)["params"]
+    key = jax.random.key(config.seed, impl="rbg")  # as in init_state
+    params = jax.jit(prior.init)(key, codes[:1], codebook)["params"]
     counts = 1.0 + quantize.usage(codes, codes.shape[-1], codebook.shape[1])  # [N, K]
     params["slots"]["bias"] = jnp.log(counts / counts.sum(1, keepdims=True))
     return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(config).init)(params), ())
