@@ -33,7 +33,7 @@ CRC32 = (0x680A9CE0, 0xAF4814F5)  # of the training and the test images
 class Stop(Exception):
     """Ends the program: an exit code and a sentence. 1: it cannot go on. 2: a wrong command.
 
-    128 + signal: a signal ended the run, nothing lost.
+    128 + signal: a signal ended the run, and --resume goes on from its last checkpoint.
     """
 
 
@@ -77,7 +77,7 @@ def check(what, x):
 
 
 def order(seed, n, batch, step, count):
-    """Which images the steps `step` .. `step + count` see: int32 [count, batch].
+    """Which images the `count` steps after the first `step` ones see: int32 [count, batch].
 
     An epoch is a fresh permutation of all n images, from the seed and the epoch's number alone.
     Batches run on across the seam: no image is dropped.
@@ -99,7 +99,7 @@ def cifar10(data_dir):
     """CIFAR-10's (train [50000, 32, 32, 3], test [10000, 32, 32, 3]), downloaded when not there.
 
     From the cache, the batches, the tarball or the network, in this order. `data_dir` may be the
-    folder of the batches itself; one that takes no cache will do.
+    folder of the batches itself. One that cannot be written to will do: it gets no cache.
     """
     try:
         if data_dir.absolute().name == "cifar-10-batches-py":
@@ -203,7 +203,7 @@ def atomic(path):
 
 
 def say(text, error=False, end="\n"):
-    """Print a line; when whoever read it has gone, the work goes on."""
+    """Print a line. Where nobody reads it any more (`| head`), the work goes on."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr if error else sys.stdout, flush=True, end=end)
 
@@ -218,9 +218,8 @@ def photo(_):
 
 def crops(picture, stride):
     """All 32x32 crops at multiples of `stride`: [H, W, 3] -> uint8 [n, 32, 32, 3]."""
-    windows = np.lib.stride_tricks.sliding_window_view(picture, (32, 32), (0, 1))
-    windows = windows[::stride, ::stride].transpose(0, 1, 3, 4, 2)  # [rows, columns, 32, 32, 3]
-    return np.ascontiguousarray(windows.reshape(-1, 32, 32, 3))
+    windows = np.lib.stride_tricks.sliding_window_view(picture, (32, 32, 3))
+    return windows[::stride, ::stride].reshape(-1, 32, 32, 3)
 
 
 # name -> (what titles and rows call it, function of the data folder returning train and test).

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import quantize
 
@@ -177,7 +178,7 @@ def up(x, kernel):
 
 
 def up_gradients(inputs, gradient):
-    """Of `up`, by x and by the kernel, from that by its result [B, 2H, 2W, C]."""
+    """The gradients of `up` by x and kernel; `gradient` is that by its result [B, 2H, 2W, C]."""
     x, kernel = inputs
     by_x, transpose = jax.vjp(lambda kernel: down(gradient, kernel), kernel)
     return by_x, *transpose(x)
@@ -197,6 +198,8 @@ def to_blocks(x, size):
 # training pixels in [0, 1] -> the loss of each colour value and a reconstruction in grey levels,
 # both float32 [B, 32, 32, 3].
 
+# -log p(x) of whole numbers under a softmax, in nats: logits [..., K], x [...] -> [...].
+softmax_nll = optax.softmax_cross_entropy_with_integer_labels
 GREY = 16.0  # grey levels: the unit of means and scales, in `logistic`, `colours` and the start
 
 
@@ -206,17 +209,11 @@ def categorical(outputs, images, variance):
     return softmax_nll(logits, images), nn.softmax(logits) @ jnp.arange(256.0)
 
 
-def softmax_nll(logits, x):
-    """-log p(x) of whole numbers under a softmax, in nats: logits [..., K], x [...] -> [...]."""
-    at_x = jnp.take_along_axis(logits, x[..., None].astype(jnp.int32), -1)[..., 0]
-    return nn.logsumexp(logits, -1) - at_x
-
-
 def logistic(outputs, images, variance):
     """Discretised logistic, a mean and a log scale for each colour value: 6 outputs at a pixel.
 
-    p(x) = F(x + 1/2) - F(x - 1/2), F the logistic distribution function of that mean and scale,
-    but 0 below x = 0 and 1 above x = 255.
+    p(x) = F(x + 1/2) - F(x - 1/2), F the logistic distribution function of that mean and scale; at
+    x = 0 the second term is 0, at x = 255 the first is 1.
     """
     mean, log_scale = jnp.split(outputs, 2, -1)  # [B, 32, 32, 3] each
     mean = 127.5 + GREY * mean  # grey levels
@@ -296,7 +293,7 @@ class Likelihood(NamedTuple):
     loss: Callable  # as above
     exact: bool  # whether the loss is -log p in nats, so that there are bits/dim
     start: Callable | None = None  # as above; without it there is no `--init pca`
-    conditioned: bool = False  # whether a pixel's colours are, on one another, as in `colours`
+    conditioned: bool = False  # whether a pixel's colours are conditioned on one another
 
 
 LIKELIHOODS = {
@@ -319,8 +316,8 @@ ROOM = 2 * PATCH  # channels that the pairs of a whole patch take
 def pca_start(config, params, images, key):
     """`params` of a VQVAE, begun as the patch quantiser that suits `images`, uint8 [n, 32, 32, 3].
 
-    Eigenvectors of patches are dealt to the slots, k-means makes the codebooks, and the likelihood
-    says of the errors that are left what it can.
+    Eigenvectors of patches are dealt to the slots, k-means makes the codebooks, and the decoder's
+    outputs begin at the size of the errors that are left.
     """
     quantizer = quantize.QUANTIZERS[config.quantizer]
     mean = images.mean((0, 1, 2))  # [3], grey levels
@@ -342,12 +339,13 @@ def pca_start(config, params, images, key):
     z_q = np.asarray(quantize.embed(codes, codebook)).reshape(*codes.shape[:3], -1)
     inverse = np.linalg.pinv(dealt)  # [N D, k]
     kept = z_q @ inverse  # [n, 8, 8, k], n at most 1000
-    growth, *last = fit_errors(config.likelihood, kept, patches[:1000] - kept @ synthesis)
+    growth, weights, bias = fit_errors(config.likelihood, kept, patches[:1000] - kept @ synthesis)
 
     params = jax.tree.map(np.array, params)  # a copy to write into
     shift = (mean - 127.5) / GREY
     write_encoder(params["encoder"], analysis, dealt, shift)
-    write_decoder(params["decoder"], synthesis, inverse, growth, last, shift)
+    bias = bias + np.pad(shift, (0, 3)) @ weights
+    write_decoder(params["decoder"], synthesis, inverse, growth, weights, bias)
     for name, layer in [*params["encoder"].items(), *params["decoder"].items()]:
         if name.startswith("Residual"):  # it adds zero
             layer["Conv_1"]["kernel"][:] = 0
@@ -416,7 +414,7 @@ def fit_errors(likelihood, kept, error):
     """What a likelihood can say at the start of the errors that the quantiser leaves.
 
     kept [n, 8, 8, k] are the quantised coefficients, error [n, 8, 8, 48] what they leave of a
-    patch. A patch of strong coefficients has large errors. Returns growth [k, 2, 2, 3], by how much
+    patch. A patch of strong coefficients has large errors. Returns growth [2, 2, k, 3], by how much
     the log errors of its four blocks of 2x2 pixels grow with each coefficient's size (least
     squares), and the weights and bias that make outputs of means and log scales, as above.
     """
@@ -426,8 +424,7 @@ def fit_errors(likelihood, kept, error):
         slopes[:1] = np.linalg.lstsq(red[:, None], green, rcond=None)[0]
         slopes[1:] = np.linalg.lstsq(np.stack([red, green], -1), blue, rcond=None)[0]
     left = np.stack([red, green - slopes[0] * red, blue - slopes[1:] @ [red, green]], -1)
-    blocks = to_blocks(left.reshape(-1, 4, 4, 3), 2).reshape(-1, 4, 4, 3)  # n 8 8, block, pixel, 3
-    square = (blocks**2).mean(2).reshape(-1, 12)  # [n 8 8, 12]
+    square = (left**2).reshape(-1, 2, 2, 2, 2, 3).mean((2, 4)).reshape(-1, 12)  # [n 8 8, 12]
     sizes = np.abs(kept).reshape(len(square), -1)  # [n 8 8, k]
     centred = sizes - sizes.mean(0)
     log_error = 0.5 * np.log(square + 2e-4)  # errors below a fifth of a grey level are all alike
@@ -436,7 +433,8 @@ def fit_errors(likelihood, kept, error):
     weights, bias = LIKELIHOODS[likelihood].start(np.sqrt((left**2).mean(0)), slopes)
     # A logistic of scale s has the standard deviation s pi / sqrt(3).
     log_scale = level.reshape(4, 3).mean(0) + math.log(math.sqrt(3) / math.pi)
-    return growth.reshape(-1, 2, 2, 3), weights, bias + np.pad(log_scale, (3, 0)) @ weights
+    growth = np.moveaxis(growth.reshape(-1, 2, 2, 3), 0, 2)
+    return growth, weights, bias + np.pad(log_scale, (3, 0)) @ weights
 
 
 def by_blocks(rows):
@@ -473,27 +471,22 @@ def write_encoder(layers, analysis, dealt, shift):
     wire(convolutions[-1], pairs(dealt, 0)[None, None])
 
 
-def write_decoder(layers, synthesis, inverse, growth, last, shift):
+def write_decoder(layers, synthesis, inverse, growth, weights, bias):
     """Coefficients, as pairs -> values and log scales of 2x2 blocks, as pairs -> outputs."""
     wire(layers["Conv_0"], pairs(inverse)[None, None])
-    taps = by_blocks(synthesis.T).swapaxes(2, 3)  # [2, 2, k, 12]
-    growth = growth.transpose(1, 2, 0, 3)  # [2, 2, k, 3]; |v| is the sum of the pair's ReLUs
-    growth = np.concatenate([pairs(growth), pairs(growth)], 2)
-    wire(layers["Up_0"], np.concatenate([pairs(pairs(taps, 2)), growth], -1), transposed=True)
-    # Up_1: a 2x2 block's 12 means and 3 log scales, as pairs -> the outputs of its pixels.
-    means = pairs(np.eye(12).reshape(12, 2, 2, 3).transpose(1, 2, 0, 3), 2)  # [2, 2, 24, 3]
-    log_scales = np.tile(pairs(np.eye(3), 0), (2, 2, 1, 1))  # [2, 2, 6, 3]
-    zeros = np.zeros((2, 2, 24, 3)), np.zeros((2, 2, 6, 3))
-    pixels = np.block([[means, zeros[0]], [zeros[1], log_scales]])  # [2, 2, 30, 6]
-    weights, bias = last
-    bias = bias + np.pad(shift, (0, 3)) @ weights
-    wire(layers["Up_1"], pixels @ weights, bias, transposed=True)
+    means = pairs(by_blocks(synthesis.T).swapaxes(2, 3), 2)  # [2, 2, 2k, 12]
+    log_scales = np.tile(growth, (2, 1))  # [2, 2, 2k, 3]: |v| is the sum of the pair's ReLUs
+    wire(layers["Up_0"], pairs(np.concatenate([means, log_scales], -1)), transposed=True)
+    pixels = np.zeros((2, 2, 15, 6))  # 12 means, 3 log scales of a block -> those of its pixels
+    pixels[..., :12, :3] = np.eye(12).reshape(12, 2, 2, 3).transpose(1, 2, 0, 3)
+    pixels[..., 12:, 3:] = np.eye(3)
+    wire(layers["Up_1"], pairs(pixels, 2) @ weights, bias, transposed=True)
 
 
 # The prior p(codes) of section 3.3, trained once the codes are fixed. Positions come in raster
 # order and the slots of a position one after another: the product of all conditionals is exact.
 # The paper has a PixelCNN. This is a transformer, whose first layer is a PixelCNN's: on a field of
-# 8 x 8 attention can see everything, in large matmuls, which a CPU is better at.
+# 8 x 8 attention sees everything, and a CPU is faster at large matmuls than at convolutions.
 # T = h w positions; F features of a code.
 
 
@@ -506,27 +499,20 @@ class Prior(Network):
 
     def __call__(self, codes, codebook):
         """codes [B, h, w, N], codebook [S, K, D] -> logits [B, h, w, N, K], float32."""
-        x = self.see(codes, codebook)
-        logits = self.tell(x, codes.reshape(*x.shape[:2], -1), codebook)  # [B, T, N, K]
+        x = self.context(codes, codebook)
+        logits = self.slots(x, codes.reshape(*x.shape[:2], -1), codebook)  # [B, T, N, K]
         return logits.reshape(*codes.shape, -1)
-
-    def see(self, codes, codebook):
-        """What is known of all earlier positions, at each: [B, h, w, N] -> [B, T, width]."""
-        return self.context(code_vectors(codes, codebook).astype(self.dtype))
-
-    def tell(self, x, codes, codebook):
-        """Logits at some positions: x [B, T, width], codes [B, T, N] -> [B, T, N, K]."""
-        vectors = code_vectors(codes, codebook).astype(self.dtype)
-        return self.slots(x, vectors, code_features(codebook, codes.shape[-1])[1])
 
 
 class Context(Network):
-    """A causal transformer over positions: vectors of codes [B, h, w, N, D] -> [B, T, width]."""
+    """A causal transformer over positions: what each knows of all before it, [B, T, width]."""
 
     @nn.compact
-    def __call__(self, vectors):
-        (B, h, w), width = vectors.shape[:3], self.config.width
-        x = neighbours(vectors.reshape(B, h, w, -1))  # [B, h, w, 4 N D]
+    def __call__(self, codes, codebook):
+        """codes [B, h, w, N], codebook [S, K, D] -> [B, T, width]."""
+        (B, h, w, N), width = codes.shape, self.config.width
+        vectors = quantize.embed(codes, code_features(codebook, N)[0])  # [B, h, w, N, D]
+        x = neighbours(vectors.reshape(B, h, w, -1).astype(self.dtype))  # [B, h, w, 4 N D]
         x = nn.Dense(width, dtype=self.dtype)(x)
         row = self.param("row", nn.initializers.normal(0.02), (h, 1, width))
         column = self.param("column", nn.initializers.normal(0.02), (1, w, width))
@@ -534,12 +520,6 @@ class Context(Network):
         for _ in range(self.config.layers):
             x = Block(self.config, self.dtype)(x)
         return nn.LayerNorm(dtype=self.dtype)(x)
-
-
-def code_vectors(codes, codebook):
-    """The codes' vectors, standardised: codes [..., N], codebook [S, K, D] -> [..., N, D]."""
-    N = codes.shape[-1]
-    return code_features(codebook, N)[0][jnp.arange(N), codes.astype(jnp.int32)]
 
 
 def code_features(codebook, N):
@@ -564,7 +544,8 @@ def code_features(codebook, N):
 def neighbours(x):
     """The position before each one in raster order and the three above it: [B, h, w, C] -> 4 C.
 
-    Zeros beyond the edge. A Dense of them is a masked 3x3 convolution.
+    Zeros beyond the field; before the first of a row comes the last of the row above. But for that,
+    a Dense of them is a masked 3x3 convolution.
     """
     (B, h, w, C), edge = x.shape, ((0, 0), (1, 0), (1, 1), (0, 0))
     before = jnp.pad(x.reshape(B, h * w, C), ((0, 0), (1, 0), (0, 0)))[:, :-1]
@@ -597,9 +578,11 @@ class Slots(Network):
     """
 
     @nn.compact
-    def __call__(self, x, vectors, features):
-        """x [B, T, width], vectors [B, T, N, D], features [N, K, F] -> logits [B, T, N, K]."""
+    def __call__(self, x, codes, codebook):
+        """x [B, T, width], codes [B, T, N], codebook [S, K, D] -> logits [B, T, N, K]."""
+        e, features = code_features(codebook, codes.shape[-1])
         (N, K, F), width = features.shape, x.shape[-1]
+        vectors = quantize.embed(codes, e).astype(self.dtype)  # [B, T, N, D]
         layer = functools.partial(nn.DenseGeneral, axis=-1, batch_dims=0)  # its own for each slot
         x = nn.Dense(width, dtype=self.dtype)(x)
         own = layer(width, dtype=self.dtype)(jnp.moveaxis(vectors, 2, 0))  # [N, B, T, width]
@@ -620,12 +603,12 @@ def sample_codes(prior, params, codebook, key, shape, temperature=1.0, show=lamb
     show(done, "") is called after each position.
     """
     w, N = shape[2:]
-    context = jax.jit(lambda p, codes: prior.apply(p, codes, codebook, method="see"))
+    context = jax.jit(lambda params, codes: prior.bind(params).context(codes, codebook))
 
     @jax.jit
     def draw(params, x, key):  # x [B, 1, width] -> the codes of its position [B, N]
         def draw_slot(n, here):  # slots after n are still 0, and n does not see them
-            logits = prior.apply(params, x, here, codebook, method="tell")[:, 0, n]
+            logits = prior.bind(params).slots(x, here, codebook)[:, 0, n]
             drawn = jax.random.categorical(jax.random.fold_in(key, n), logits / temperature)
             return here.at[:, 0, n].set(drawn)
 

@@ -11,7 +11,7 @@ is written for ONE vector and lifted with jax.vmap.
 Letters, here and in the other files:
     B        images in a batch
     h, w     height and width of the latent field, 8 x 8
-    N        slots: latents at one position (the N of the paper's eq. 3 counts all positions, too)
+    N        slots: latents at one position (the paper's N, in section 3.2, counts all positions)
     K, D     codes in a codebook, and the length of a code
     S        codebooks: 1 (shared by all slots) or N (one per slot)
     z_e      encoder output               [B, h, w, N, D]
@@ -86,7 +86,10 @@ def embed(codes, codebook):
 
 
 def straight_through(z_e, e):
-    """The gradient of z_q goes to z_e unchanged (section 3.2). Exactly e, not z_e + (e - z_e)."""
+    """The gradient of z_q goes to z_e unchanged (section 3.2).
+
+    The value is exactly e: z_e + (e - z_e) would round.
+    """
     return sg(e) + (z_e - sg(z_e))
 
 
@@ -94,7 +97,7 @@ def rotation(z_e, e):
     """The gradient turns with the vector: z_q = |e| / |z_e| R z_e, R and the ratio held constant.
 
     R = I - 2 r r^T + 2 e z^T, of unit vectors e, z and r along e + z, turns z_e onto e. The
-    rotation trick, Fifty et al. 2025 (arXiv 2410.06424): not in the paper.
+    rotation trick, Fifty et al. 2025 (arXiv 2410.06424): not in the VQ-VAE paper.
     """
     length = jnp.linalg.norm(z_e, axis=-1, keepdims=True) + 1e-6
     ratio = jnp.linalg.norm(e, axis=-1, keepdims=True) / length
@@ -130,7 +133,7 @@ class Quantizer(NamedTuple):
 
 # Finite scalar quantisation, Mentzer et al. 2023 (arXiv 2309.15505): the codebook is a fixed grid
 # of K = L^D points in (-1, 1)^D, so its search is rounding. tanh bounds z_e. That paper has no
-# commitment loss (`--beta 0`).
+# commitment loss: `--beta 0` leaves it out.
 
 
 def fsq_levels(K, D):
@@ -180,16 +183,14 @@ def quantize(z_e, codebook, search=lookup, gradient=straight_through):
 
     The losses are means over B, h, w, N and D, as in DeepMind's example. The paper averages over
     latents but sums over D, and sums its first term over the 3072 values of an image; divided by
-    3072 that weighs both losses D/3072 times these. Adam hides it from the codebook, beta does not.
+    3072 that weighs both losses D/3072 times these. Adam moves the codebook alike under any weight;
+    the encoder weighs its loss against the first term, so a beta here is not the paper's.
     """
     codes = search(z_e, codebook)
     e = embed(codes, codebook)
-    return Quantized(
-        z_q=gradient(z_e, e),
-        codes=codes,
-        codebook_loss=jnp.mean((sg(z_e) - e) ** 2),
-        commitment_loss=jnp.mean((z_e - sg(e)) ** 2),
-    )
+    codebook_loss = jnp.mean((sg(z_e) - e) ** 2)
+    commitment_loss = jnp.mean((z_e - sg(e)) ** 2)
+    return Quantized(gradient(z_e, e), codes, codebook_loss, commitment_loss)
 
 
 # How often codes are used
@@ -204,7 +205,7 @@ def usage(codes, S, K):
 def perplexity(counts):
     """exp of the entropy in nats of the code frequencies: counts [..., K] -> [...], 1 to K."""
     p = counts / counts.sum(-1, keepdims=True)
-    return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), -1))
+    return jnp.exp(jax.scipy.special.entr(p).sum(-1))
 
 
 # Codebooks that learn by averages, not by gradient
@@ -276,7 +277,7 @@ def kmeans(key, z_e, S, K, rounds=3):
     """
 
     @jax.jit
-    def one_round(key, e, z_e):  # an argument: XLA would compute with a constant while it compiles
+    def one_round(key, e, z_e):  # z_e is an argument: closed over, it would be a slow constant
         ema, e = ema_update(ema_init(e), e, z_e, lookup(z_e, e), 0.0)
         return restart(key, ema, e, z_e, 0.5)[1]
 

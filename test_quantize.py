@@ -27,6 +27,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import flax
 import flax.linen as nn
@@ -143,9 +144,9 @@ def test_lowest_index_wins_a_tie():
 
 @pytest.mark.parametrize("B", [5, 700])
 def test_both_lifts_agree(monkeypatch, B):
-    """The CPU goes slot by slot, 256 vectors at a time, other backends take all at once."""
+    """The CPU goes slot by slot, 512 vectors at a time, other backends take all at once."""
     z_e, codebook = field(B=B)
-    assert B < 100 or z_e[..., 0, 0].size > 256 and z_e[..., 0, 0].size % 256
+    assert B < 100 or z_e[..., 0, 0].size > 512 and z_e[..., 0, 0].size % 512
     here = quantize.lookup(z_e, codebook)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     np.testing.assert_array_equal(quantize.lookup(z_e, codebook), here)
@@ -205,7 +206,7 @@ def test_embed_and_usage():
 
 
 def test_straight_through():
-    """Guard 4: the decoder's gradient reaches the encoder unchanged, and z_q is exactly e."""
+    """Guard: the decoder's gradient reaches the encoder unchanged, and z_q is exactly e."""
     z_e, codebook = field()
     upstream = jax.random.normal(jax.random.key(1), z_e.shape)
     z_q, codes = quantize.quantize(z_e, codebook)[:2]
@@ -242,7 +243,7 @@ def test_losses_and_their_gradients_by_hand(S):
 
 
 def test_ema_step_by_hand():
-    """Appendix A.1 in float64, with the codes of the codebook before the step (guard 6)."""
+    """Appendix A.1 in float64, with the codes of the codebook before the step (a guard)."""
     z_e, codebook = field(K=5)
     codes = slow_lookup(z_e, codebook)
     start = quantize.EMA(jnp.full((3, 5), 2.0), codebook * 2 + 0.5)
@@ -258,7 +259,7 @@ def test_ema_step_by_hand():
 
 
 def test_unused_codes_stay():
-    """Guard 7: they neither fly away nor fall to zero, even when their count underflows."""
+    """Guard: they neither fly away nor fall to zero, even when their count underflows."""
     codebook = jnp.array([[[1.0, 2.0], [50.0, -60.0]]])
     z_e, ema, e = jnp.ones((1, 2, 2, 1, 2)), quantize.ema_init(codebook), codebook
     step = jax.jit(lambda ema, e: quantize.ema_update(ema, e, z_e, quantize.lookup(z_e, e), 0.9))
@@ -270,7 +271,7 @@ def test_unused_codes_stay():
 
 
 def test_restart_moves_vector_sum_and_count():
-    """Guard 12: a restarted code stays where it was put at the next step; live ones do not move."""
+    """Guard: a restarted code stays where it was put at the next step; live ones do not move."""
     z_e, codebook = field(N=1, S=1, K=3, B=8)
     ema = quantize.EMA(jnp.array([[5.0, 0.001, 4.0]]), codebook * jnp.array([5, 0.001, 4])[:, None])
     after, e = quantize.restart(jax.random.key(0), ema, codebook, z_e, 0.05)
@@ -308,7 +309,7 @@ def test_perplexity():
 
 
 def test_codebook_scale():
-    """Guard 13: the limit is sqrt(3 / D), not sqrt(3 / K)."""
+    """Guard: the limit is sqrt(3 / D), not sqrt(3 / K)."""
     e = np.asarray(quantize.init_codebook(jax.random.key(0), 2, 512, 64))
     assert e.shape == (2, 512, 64) and abs(e).max() <= math.sqrt(3 / 64)
     np.testing.assert_allclose((e**2).sum(-1).mean(), 1.0, rtol=0.02)
@@ -552,7 +553,7 @@ def test_encode_and_decode_agree_with_the_forward_pass():
 
 
 def test_quantiser_stays_float32():
-    """Guard 14: with bfloat16 activations, latents, codebook, outputs and losses are float32."""
+    """Guard: with bfloat16 activations, latents, codebook, outputs and losses are float32."""
     config, net = tiny(dtype="bfloat16")
     params = train.init_state(config, net, pictures()).params
     outputs, z_e, q = apply(net, params, pictures())
@@ -648,7 +649,7 @@ def test_uniform_logits_are_8_bits():
 
 
 def test_normalised_mse_of_the_mean_is_one():
-    """Guard 10: pixels and variance are on one scale."""
+    """Guard: pixels and variance are on one scale."""
     dataset = data.Dataset(pictures(), pictures(), "noise", "test")
     pixels = dataset.train / 255.0
     assert dataset.variance() == pytest.approx(pixels.var(), rel=1e-6)
@@ -1089,7 +1090,7 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_beta_reaches_only_the_encoder():
-    """Guard 1, in the whole loss: the codebook's gradient step does not depend on beta."""
+    """Guard, in the whole loss: the codebook's gradient step does not depend on beta."""
     after = []
     for beta in (0.1, 2.0):
         config, net = tiny(beta=beta, blocks=0)
@@ -1132,7 +1133,7 @@ def test_the_unigram_prior_counts_the_first_training_images(monkeypatch):
     config, net = tiny()
     dataset = data.Dataset(pictures(30, 1), pictures(10), "noise", "test")
     params = train.init_state(config, net, dataset.train[:8]).params
-    measured, codes, _ = train.evaluate(config, net, params, dataset)
+    measured, codes = train.evaluate(config, net, params, dataset)
     trained = train.images_to_codes(net, params, dataset.train[:5])
     assert trained.shape == (5, 8, 8, 2) and trained.dtype == np.uint16
     bits = measured["bits_per_dim"] - train.code_bits(config)
@@ -1171,23 +1172,23 @@ def test_the_step_of_a_gpu_can_be_compiled_for_one(preset, monkeypatch):
     [("logistic", "bits_per_dim"), pytest.param("gaussian", "nmse", marks=slow)],
 )
 def test_train_and_test_metrics_are_one_metric(likelihood, name):
-    """Guard 11: the same images and parameters give the same figure in training and in a test."""
+    """Guard: the same images and parameters give the same figure in training and in a test."""
     config, net = tiny(likelihood=likelihood, blocks=0)
     dataset = data.Dataset(pictures(), pictures(), "noise", "test")
     state = train.init_state(config, net, dataset.train)
     step = jax.jit(train.make_train_step(config, net, dataset.variance()))
     _, metrics = step(state, dataset.train)
-    measured, _, _ = train.evaluate(config, net, state.params, dataset)
+    measured, _ = train.evaluate(config, net, state.params, dataset)
     assert measured[name] == pytest.approx(float(metrics[name]), rel=1e-5)
 
 
 def test_evaluation_by_hand_over_every_image():
-    """Guards 8 and 16: 137 images in batches of 100, nothing dropped, nothing changed."""
+    """Guards: 137 images in batches of 100, nothing dropped, nothing changed."""
     config, net = tiny(blocks=0)
     dataset = data.Dataset(pictures(30, 1), pictures(137), "noise", "test")
     params = train.init_state(config, net, dataset.train[:8]).params
     before = jax.tree.map(np.array, params)
-    measured, codes, shown = train.evaluate(config, net, params, dataset)
+    measured, codes = train.evaluate(config, net, params, dataset)
     jax.tree.map(np.testing.assert_array_equal, before, params)
 
     outputs, _, q = apply(net, params, dataset.test)
@@ -1200,7 +1201,6 @@ def test_evaluation_by_hand_over_every_image():
     assert measured["mse"] == pytest.approx(mse, rel=1e-5)
     assert measured["psnr"] == pytest.approx(10 * math.log10(1 / mse), rel=1e-5)
     assert measured["nmse"] == pytest.approx(mse / (dataset.train / 255).var(), rel=1e-5)
-    np.testing.assert_allclose(shown, mean[: train.SHOWN], atol=1e-3)
 
     code_bits = 0.0  # the unigram prior: frequencies of the training codes, one added to each
     trained = np.asarray(apply(net, params, dataset.train, method="to_codes"))
@@ -1222,7 +1222,7 @@ def test_bits_per_dim_of_a_model_that_knows_nothing():
     config, net = tiny(likelihood="categorical", blocks=0)
     dataset = data.Dataset(pictures(), pictures(), "noise", "test")
     params = jax.tree.map(jnp.zeros_like, train.init_state(config, net, dataset.train).params)
-    measured, _, _ = train.evaluate(config, net, params, dataset)
+    measured, _ = train.evaluate(config, net, params, dataset)
     assert measured["bits_per_dim"] == pytest.approx(8 + 128 * 4 / 3072, abs=1e-5)
     assert train.code_bits(train.Config()) == 1.875
 
@@ -1231,7 +1231,7 @@ def test_bits_per_dim_of_a_model_that_knows_nothing():
 
 
 def test_order_of_the_images():
-    """Guard 15: each epoch is a new permutation, nothing is dropped, any step can be asked for."""
+    """Guard: each epoch is a new permutation, nothing is dropped, any step can be asked for."""
     stream = data.order(seed=3, n=50, batch=16, step=0, count=10).reshape(-1)
     epochs = [stream[i : i + 50] for i in (0, 50, 100)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
@@ -1280,23 +1280,26 @@ def test_draw_images_puts_each_in_its_place(n, columns):
 
 def test_error_row_is_the_true_error():
     images = pictures(5)
-    shown = images + np.float32([3, -6, 0])  # mean over colours: 3 grey levels everywhere
-    shown[1, 4, 5] += [0, 0, 60]
+    images = 10 + images // 2
+    shown = images + np.uint8([3, 250, 0])  # 3, -6, 0: a mean of 3 grey levels everywhere
+    shown[1, 4, 5] += np.uint8([0, 0, 60])
     axes = train.reconstruction_figure(images, shown, "title").axes
     np.testing.assert_array_equal(drawn(axes[0])[1:33, 35:67], images[1])
-    np.testing.assert_array_equal(drawn(axes[1])[1:33, 1:33], train.to_uint8(shown[0]))
+    np.testing.assert_array_equal(drawn(axes[1])[1:33, 1:33], shown[0])
     error = drawn(axes[2])
     assert error[1 + 4, 34 + 1 + 5] == pytest.approx(23)
     assert np.ma.median(np.ma.masked_invalid(error)) == pytest.approx(3)
     assert axes[2].images[0].get_clim() == pytest.approx((0, 3))  # one bad pixel: beyond the end
-    perfect = train.reconstruction_figure(images, np.float32(images), "title")
+    perfect = train.reconstruction_figure(images, images, "title")
     perfect.draw_without_rendering()
     assert perfect.axes[2].images[0].get_clim()[1] > 0
 
 
-def test_grey_levels_are_rounded_and_bounded():
-    levels = train.to_uint8(np.array([-3.0, 0.4, 0.6, 254.6, 300]))
-    assert levels.dtype == np.uint8 and list(levels) == [0, 0, 1, 255, 255]
+def test_grey_levels_are_rounded_and_bounded(monkeypatch):
+    levels = np.array([-3.0, 0.4, 0.6, 254.6, 300])
+    monkeypatch.setattr(train, "in_batches", lambda *args: levels)
+    shown = train.codes_to_images(None, None, None, [])
+    assert shown.dtype == np.uint8 and list(shown) == [0, 0, 1, 255, 255]
 
 
 def test_equal_codes_have_equal_colours_and_others_other():
@@ -1348,12 +1351,12 @@ def test_curves_show_the_end_of_long_and_of_short_logs(key):
 @pytest.mark.parametrize("n, m", [(1, 1), (5, 3), (64, 8), (1, 100)])
 def test_samples_of_any_number(n, m):
     learned, unigram = pictures(n), pictures(m, seed=1)
-    figure = train.samples_figure(learned, unigram, "title")
+    figure = train.samples_figure({"learned": learned, "unigram": unigram}, "title")
     np.testing.assert_array_equal(drawn(figure.axes[0])[1:33, 1:33], learned[0])
     columns = drawn(figure.axes[1]).shape[1] // 34
     y, x = 34 * ((m - 1) // columns) + 1, 34 * ((m - 1) % columns) + 1
     np.testing.assert_array_equal(drawn(figure.axes[1])[y : y + 32, x : x + 32], unigram[-1])
-    assert len(train.samples_figure(learned, None, "title").axes) == 1
+    assert len(train.samples_figure({"learned": learned}, "title").axes) == 1
 
 
 # The prior over codes
@@ -1589,6 +1592,19 @@ def test_the_prior_of_a_run(finished, tmp_path, capsys):
         assert says in message and message.count("\n") == 1
 
 
+def test_a_prior_is_of_a_finished_vqvae(copied, capsys):
+    """One of a run that goes on would be read with codes and a decoder that it does not know."""
+    (copied / "result.json").unlink()
+    for verb in ("prior", "sample"):
+        assert train.main([f"--{verb}={copied}"]) == 2
+        assert f"not finished: go on with --resume {copied}" in capsys.readouterr().err
+    (copied / "prior").mkdir()
+    (copied / "prior" / "config.json").write_text('{"preset": "prior"}')
+    for verb in ("prior", "sample"):
+        assert train.main([f"--{verb}={copied / 'prior'}"]) == 2
+        assert f"holds a prior: name the run that it is of, {copied}." in capsys.readouterr().err
+
+
 @slow
 def test_a_resumed_prior_ends_as_one_left_alone(finished, tmp_path):
     runs = [shutil.copytree(finished, tmp_path / name) for name in ("one", "two")]
@@ -1756,8 +1772,9 @@ def test_a_run_is_compared_only_with_what_it_measures():
         return train.goal(train.Config(**flags))
 
     assert text()[:2] == text(likelihood="logistic")[:2] == ("bits_per_dim", 4.67)
-    assert text(likelihood="gaussian")[:2] == ("nmse", 0.056)
-    for flags in ({"likelihood": "colours"}, {"dataset": "photo"}):
+    assert text(likelihood="gaussian", slots=1)[:2] == ("nmse", 0.056)
+    others = {"likelihood": "gaussian"}, {"likelihood": "logistic", "slots": 1}
+    for flags in ({"likelihood": "colours"}, {"dataset": "photo"}, *others):
         assert text(**flags)[1] is None and text(**flags)[2].startswith("nothing")
 
 
@@ -1788,12 +1805,24 @@ def test_eval_gives_the_same_metrics(finished, copied):
     assert (copied / "result.json").read_bytes() == (finished / "result.json").read_bytes()
 
 
-def test_a_loaded_run_codes_and_decodes(finished):
-    _, net, progress = train.load(finished)
+def test_a_row_of_a_run_that_goes_on(finished):
+    """--eval before the end: steps, and their time, are those that were done."""
+    config, _, progress = train.load(finished)
+    part = progress._replace(state=progress.state._replace(step=jnp.int32(3)), seconds=6.0)
+    row = train.result_row(config, "", part, {})
+    assert row["steps"] == 3 and row["ms_per_step"] == 2000.0
+
+
+def test_a_loaded_run_codes_and_decodes(finished, monkeypatch):
+    config, net, progress = train.load(finished)
     params = progress.state.params
     codes = apply(net, params, pictures(3), method="to_codes")
     outputs = apply(net, params, codes, method="from_codes")
     assert codes.shape == (3, 8, 8, 2) and outputs.shape == (3, 32, 32, 6)
+    monkeypatch.setattr(train, "EVAL_BATCH", 2)  # many are decoded in parts
+    means = np.clip(127.5 + model.GREY * outputs[..., :3], 0, 255)
+    shown = train.codes_to_images(config, net, params, codes)
+    assert shown.dtype == np.uint8 and np.abs(shown - means).max() < 0.51
 
 
 @pytest.mark.parametrize(
@@ -1949,8 +1978,8 @@ def test_checkpoint_whose_arrays_do_not_fit(copied, capsys):
 
 
 def test_a_run_without_a_checkpoint(finished, copied, capsys):
-    """Stopped before its first one: --eval says so, --resume begins."""
-    for file in [*train.checkpoints(copied), copied / "result.json"]:
+    """--eval says so, --resume begins; also where the disk was full and only the row is there."""
+    for file in train.checkpoints(copied):
         file.unlink()
     assert train.main(["--eval", str(copied)]) in (1, 2)
     assert "no checkpoint" in capsys.readouterr().err and not (copied / "eval.json").exists()
@@ -1964,7 +1993,7 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "make_train_steps", full)
     assert start(tmp_path) == 1
-    assert "--batch 8 is too much memory: try 4" in capsys.readouterr().err
+    assert "--batch 8 is too much memory: start anew with --batch 4" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite(tmp_path, capsys):
@@ -1972,7 +2001,7 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys):
         start(tmp_path, "--lr=1000", "--steps=60", "--log_every=20", "--likelihood=gaussian") == 1
     )
     message = capsys.readouterr().err
-    assert "step 2: " in message and "loss" in message and "Try --lr 3e+02" in message
+    assert "step 2: " in message and "loss" in message and "as --lr 3e+02" in message
     assert not (tmp_path / "run" / "result.json").exists()
 
 
@@ -1993,6 +2022,17 @@ def test_full_disk(finished, tmp_path, monkeypatch, capsys):
         assert f"{name}.png (OSError(28, 'No space left" in message
     assert message.count("\n") == 4 and not list((tmp_path / "run").glob(".*"))
     assert read_result(tmp_path / "run") == read_result(finished)
+
+
+def test_an_error_of_the_system_is_one_sentence(monkeypatch, capsys):
+    for error, says in (
+        (OSError(errno.ENOSPC, "No space left on device"), "train.py: No space left"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.png"), "train.py: a.png: No space"),
+        (OSError("no reason"), "train.py: no reason"),
+    ):
+        monkeypatch.setattr(train, "run", mock.Mock(side_effect=error))
+        assert train.main([]) == 1
+        assert capsys.readouterr().err.startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -2134,6 +2174,7 @@ def test_config_of_another_version(finished, tmp_path, capsys, fault, verb):
     for folder in {run, below}:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_bytes((finished / "config.json").read_bytes())
+    (run / "result.json").write_text("{}")
     file = below / "config.json"
     if change is None:
         file.unlink()
@@ -2188,7 +2229,9 @@ WRONG = """
 --codebook ema --gamma=-0.1|goes from 0
 --codebook gradient --gamma 0.9|--codebook ema
 --codebook gradient --restart 0.1|--codebook ema
+--preset fast --init random --quantizer fsq --D 3 --restart 0.1|learns by EMA
 --codebook ema --restart -1|goes from 0
+--codebook ema --restart 1.5|to 1.0
 --codebook emma|invalid choice
 --preset papre|invalid choice
 --preset=|invalid choice
@@ -2220,7 +2263,7 @@ WRONG = """
 --resume nowhere|no run folder
 --eval nowhere|no run folder
 --prior nowhere|no run folder
---sample nowhere|no prior yet
+--sample nowhere|no run folder
 --resume a --eval b|one run folder
 --eval a --lr 1|--lr does not go with --eval
 --resume a --steps 9|--steps does not go with --resume

@@ -25,12 +25,10 @@ import itertools
 import json
 import math
 import os
-import platform
 import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +47,7 @@ import quantize
 from data import Stop, atomic, say
 
 SHOWN = 16  # test images in the pictures
-START_IMAGES = 4000  # what a data-dependent start looks at
+START_IMAGES = 4000  # what `--init pca` looks at
 UNIGRAM_IMAGES = 10_000  # training images whose codes the unigram prior counts
 EVAL_BATCH = 100
 VALUES = 32 * 32 * 3  # colour values of an image, by which bits/dim divides
@@ -84,16 +82,16 @@ PRESETS = {
 
 # What a preset gave, as it stands, and after how long.
 ABOUT = {
-    "paper": "nothing, it is a task for a GPU",
-    "fast": "4.86 bits/dim after 16 minutes of training on 2 cores, shared and slow",
+    "paper": "nothing yet; it needs a GPU",
+    "fast": "4.86 bits/dim after 16 minutes of training on 2 shared, slow cores",
     "notebook": "normalised MSE .056 after 11 minutes on 2 cores",
     "prior": ".33 bits/dim below a unigram prior (`fast --beta 16`) after 17 minutes on 1 core",
 }
 
-# Published numbers and their sources, by what is measured.
+# Published numbers by what is measured: at how many slots, the number, its source.
 PUBLISHED = {
-    "bits_per_dim": (4.67, "the paper, arXiv 1711.00937"),
-    "nmse": (0.056, "DeepMind's notebook, training batches"),
+    "bits_per_dim": (10, 4.67, "the paper, arXiv 1711.00937"),
+    "nmse": (1, 0.056, "DeepMind's notebook, training batches"),
 }
 
 
@@ -102,14 +100,14 @@ class Config:
     """One field, one flag. Defaults: those of `paper`; README.md says which the paper states."""
 
     # Of every run:
-    preset: str = flag("", "other defaults (without: fast, on a GPU paper --init pca)", [*PRESETS])
+    preset: str = flag("", "set of defaults (without: fast; on a GPU paper --init pca)", [*PRESETS])
     data_dir: str = flag("data", "folder with CIFAR-10, or to fetch it into")
     lr: float = flag(2e-4, "Adam's learning rate", None, TINY, 1e3)
     warmup: int = flag(0, "steps over which lr rises from 0", None, 0, 10**9)
-    decay: float = flag(0.0, "part of the run, its last, in which lr falls to 0", None, 0.0, 1.0)
+    decay: float = flag(0.0, "last part of the run, 0 to 1, in which lr falls to 0", None, 0.0, 1.0)
     batch: int = flag(128, "images a step", None, 1, 10**9)
     steps: int = flag(250_000, "length of the run", None, 1, 10**9)
-    seed: int = flag(0, "of the weights and of the order of the images", None, 0, 2**31 - 1)
+    seed: int = flag(0, "of weights, order of images, mirrors, samples", None, 0, 2**31 - 1)
     dtype: str = flag("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", DTYPES)
     out: str = flag("", "folder of the run (default: runs/PRESET-1, -2, ...)")
     log_every: int = flag(100, "steps between two lines of the log", None, 1, 10**9)
@@ -129,10 +127,10 @@ class Config:
     likelihood: str = flag("categorical", "p(x | z_q)", [*model.LIKELIHOODS])
     init: str = flag("random", "data: codes are encoder outputs; pca: a patch quantiser", INITS)
     quantizer: str = flag("vq", "how z_e becomes codes", [*quantize.QUANTIZERS])
-    gradient: str = flag("straight-through", "what passes the argmin", [*quantize.GRADIENTS])
+    gradient: str = flag("straight-through", "how it passes the argmin", [*quantize.GRADIENTS])
     codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", None, 0.0, 1 - 1e-9)
-    restart: float = flag(0.0, "EMA: move codes used less a batch than this", None, 0.0, 1e6)
+    restart: float = flag(0.0, "EMA: move codes used less often a batch (0: none)", None, 0.0, 1.0)
     beta: float = flag(0.25, "weight of the commitment loss", None, 0.0, 1e6)
     # Of a prior:
     width: int = flag(256, "prior: channels of its transformer", None, 2, 8192)
@@ -153,9 +151,10 @@ def configure(flags):
         on_gpu = {"preset": "paper", "init": "pca"}
         flags = {**({"preset": "fast"} if jax.default_backend() == "cpu" else on_gpu), **flags}
     config = Config(**{**PRESETS[flags["preset"]], **flags})
+    ema = config.codebook == "ema" and quantize.QUANTIZERS[config.quantizer].learns
     for name in ("gamma", "restart"):
-        if config.codebook != "ema" and name in flags:
-            raise Stop(2, f"--{name} belongs to the EMA codebook: add --codebook ema.")
+        if name in flags and not ema:
+            raise Stop(2, f"--{name} needs a codebook that learns by EMA: add --codebook ema.")
     return check(config)
 
 
@@ -214,12 +213,8 @@ class Task(NamedTuple):
 def vqvae_task(config):
     """The Task of training a VQ-VAE; loads the images."""
     dataset, net = data.load(config.dataset, config.data_dir, config.val), build(config)
-
-    def init():
-        size = max(config.batch, START_IMAGES)
-        first = data.order(config.seed, len(dataset.train), size, 0, 1)[0]
-        return init_state(config, net, dataset.train[first])
-
+    first = data.permutation(config.seed, len(dataset.train), 0)[: max(config.batch, START_IMAGES)]
+    init = functools.partial(init_state, config, net, dataset.train[first])
     train_step = make_train_step(config, net, dataset.variance())
     measure = functools.partial(measure_vqvae, config, net, dataset)
     return Task(dataset.train, init, train_step, measure)
@@ -244,7 +239,7 @@ def init_state(config, net, images):
 
 
 def fall(config, step):
-    """1, and over the last `decay` of the run linearly down to 0: what slows lr, and 1 - gamma."""
+    """The factor of lr and of 1 - gamma: 1, then over the last `decay` of the run down to 0."""
     return jnp.minimum(1.0, (config.steps - step) / max(1, config.decay * config.steps))
 
 
@@ -261,7 +256,7 @@ def make_optimizer(config):
 def make_train_step(config, net, variance):
     """The update: `state, metrics = train_step(state, images)`, images uint8 [B, 32, 32, 3].
 
-    The metrics are scalars, and a run stops where one of them is no finite number.
+    The metrics are scalars; a run stops at the first that is not finite.
     """
     likelihood = model.LIKELIHOODS[config.likelihood]
     learns = quantize.QUANTIZERS[config.quantizer].learns
@@ -275,7 +270,8 @@ def make_train_step(config, net, variance):
         return loss, (reconstruction, z_e, q)
 
     def train_step(state, images):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)  # of mirrors and restarts
+        # One key for mirrors and restarts: these need not be independent.
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         if config.flip:
             mirror = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirror, images[:, :, ::-1], images)
@@ -332,7 +328,7 @@ def train(config, task, progress, out):
     whole, split = placements(config)
     examples, state = jax.device_put((task.examples, progress.state), whole)
     train_steps, compiled = make_train_steps(task.train_step), {}
-    launch = 1 if jax.default_backend() == "cpu" else config.log_every
+    launch = 1 if jax.default_backend() == "cpu" else 100  # steps; a signal waits for them
     step, saved, waiting = int(state.step), time.monotonic(), []
     with signals() as caught, bar("training", config.steps, step) as show:
         clock = time.perf_counter()
@@ -352,7 +348,7 @@ def train(config, task, progress, out):
             state, metrics = compiled[count](state, examples, index)
             waiting.append(metrics)
             step += count
-            stopping = bool(caught)  # once: what is said to be saved has been saved
+            stopping = bool(caught)  # read once: a signal after this line waits for the next step
 
             logs = step % config.log_every == 0 or step == config.steps
             due = time.monotonic() - saved > 60 * config.checkpoint_minutes
@@ -373,10 +369,10 @@ def train(config, task, progress, out):
 
 
 def make_train_steps(train_step):
-    """Many steps in one launch: state, examples [n, ...], index [count, batch] -> the same.
+    """Many steps in one launch: state, examples [n, ...], index [count, batch] -> state, metrics.
 
-    The examples live on the device, so a launch needs only indices. A GPU scans. A CPU unrolls (and
-    gets one step a launch), because XLA's convolutions are many times slower inside a loop.
+    Each metric is [count]. The examples live on the device, so a launch needs only indices. A GPU
+    scans. A CPU unrolls (one step a launch): in a loop XLA's convolutions are many times slower.
     """
 
     def train_steps(state, examples, index):
@@ -386,8 +382,8 @@ def make_train_steps(train_step):
     return jax.jit(train_steps, donate_argnums=0, compiler_options=compiler_options())
 
 
-# On a CPU: sums by YNNPACK, and nothing else. By default it takes matmuls and convolutions too, and
-# a step of the paper's net nearly half as long again.
+# On a CPU YNNPACK gets only the sums. By default it gets matmuls and convolutions too, and a step
+# of the paper's net takes nearly half as long again.
 XLA_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_backend_optimization_level": 1,  # compiles a quarter faster; the step is no slower
@@ -396,13 +392,11 @@ XLA_OPTIONS = {
 
 def compiler_options():
     """XLA_OPTIONS; none on other devices, or where this jaxlib does not know them."""
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=XLA_OPTIONS)()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return XLA_OPTIONS
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        if jax.default_backend() == "cpu":
+            jax.jit(lambda: 0, compiler_options=XLA_OPTIONS)()
+            return XLA_OPTIONS
+    return {}
 
 
 def placements(config):
@@ -426,8 +420,8 @@ def check_finite(config, pending, step):
     if bad.any():
         first = bad.any(0).argmax()
         names = ", ".join(np.array([*pending])[bad[:, first]])
-        text = f"step {step - bad.shape[1] + first + 1}: {names} is no longer a finite number. "
-        raise Stop(1, f"{text}The last checkpoint stands. Try --lr {config.lr / 3:.1g}.")
+        text = f"step {step - bad.shape[1] + first + 1}: {names} is no longer a finite number:"
+        raise Stop(1, f"{text} start anew with a lower rate, such as --lr {config.lr / 3:.1g}.")
 
 
 def write_log(out, step, progress):
@@ -452,7 +446,7 @@ def signals():
             caught.append(number)
             handlers.close()  # puts the old ones back
 
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        with contextlib.suppress(ValueError):  # Python allows it in the main thread alone
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a run goes on
                     handlers.callback(signal.signal, number, signal.signal(number, note))
@@ -463,24 +457,21 @@ def signals():
 
 
 def evaluate(config, net, params, dataset):
-    """Metrics over every image of `dataset.test`, their codes, reconstructions of the first few.
+    """Metrics over every image of `dataset.test`, and their codes [n, h, w, N].
 
     bits/dim = [-sum log2 p(x_i | z_q) + 64 N log2 K] / 3072, None where there is no likelihood.
     """
     likelihood, variance = model.LIKELIHOODS[config.likelihood], dataset.variance()
 
-    @jax.jit
     def measure(params, images):
         outputs, _, q = net.apply({"params": params}, images)
         nll, shown = likelihood.loss(outputs, images, variance)
-        error = jnp.square(shown / 255 - images / 255.0).sum()
-        return nll.sum(), error, q.codes, shown[:SHOWN]
+        error = jnp.square(shown / 255 - images / 255.0).sum((1, 2, 3))
+        return nll.reshape(len(nll), -1).sum(1), error, q.codes
 
-    batches = in_batches(dataset.test, f"measuring on {len(dataset.test):,} images")
-    measured = [jax.device_get(measure(params, images)) for images in batches]
-    nll, error, codes, shown = zip(*measured, strict=True)
-    nll, mse = (np.sum(np.float64(sums)) / dataset.test.size for sums in (nll, error))
-    codes = np.concatenate(codes)  # [n, h, w, N]
+    text = f"measuring on {len(dataset.test):,} images"
+    nll, error, codes = in_batches(measure, params, dataset.test, text)
+    nll, mse = (sums.mean(dtype=np.float64) / VALUES for sums in (nll, error))
     counts = np.asarray(quantize.usage(codes, *params["codebook"].shape[:2]))  # [S, K]
     perplexities = np.asarray(quantize.perplexity(counts))
     metrics = {
@@ -497,14 +488,16 @@ def evaluate(config, net, params, dataset):
         trained = images_to_codes(net, params, dataset.train[:UNIGRAM_IMAGES])
         metrics["bits_per_dim"] = nll / math.log(2) + code_bits(config)
         metrics["bits_per_dim_unigram"] = nll / math.log(2) + unigram_bits(config, trained, codes)
-    return metrics, codes, shown[0]
+    return metrics, codes
 
 
 def images_to_codes(net, params, images):
     """The codes of images uint8 [n, 32, 32, 3]: uint16 [n, 8, 8, N]."""
-    to_codes = jax.jit(lambda p, x: net.apply({"params": p}, x, method="to_codes"))
-    batches = in_batches(images, f"encoding {len(images):,} images")
-    return np.concatenate([np.uint16(to_codes(params, batch)) for batch in batches])
+
+    def to_codes(params, images):
+        return net.apply({"params": params}, images, method="to_codes").astype(np.uint16)
+
+    return in_batches(to_codes, params, images, f"encoding {len(images):,} images")
 
 
 def unigram_bits(config, trained, codes):
@@ -517,12 +510,14 @@ def unigram_bits(config, trained, codes):
     return bits[np.arange(config.slots), codes].sum() / len(codes) / VALUES
 
 
-def in_batches(examples, text):
-    """All of them in pieces of EVAL_BATCH, the last one as small as it must be, with a bar."""
+def in_batches(function, params, examples, text):
+    """function(params, examples), its arrays [n, ...], compiled for pieces of EVAL_BATCH; a bar."""
+    function, parts = jax.jit(function), []
     with bar(text, len(examples), 0) as show:
         for start in range(0, len(examples), EVAL_BATCH):
-            yield examples[start : start + EVAL_BATCH]
+            parts.append(jax.device_get(function(params, examples[start : start + EVAL_BATCH])))
             show(min(start + EVAL_BATCH, len(examples)), "")
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def goal(config):
@@ -532,13 +527,16 @@ def goal(config):
         return key, None, "nothing, not being CIFAR-10"
     if model.LIKELIHOODS[config.likelihood].conditioned:
         return key, None, "nothing with a pixel's colours conditioned on one another"
-    number, source = PUBLISHED[key]
+    slots, number, source = PUBLISHED[key]
+    if config.slots != slots:
+        return key, None, f"nothing with {config.slots} slots"
     return key, number, f"{number:g} {LABELS[key]} ({source})"
 
 
 def measure_vqvae(config, net, dataset, params, log):
     """Task.measure of a VQ-VAE: metrics on the test images, and its pictures."""
-    metrics, codes, shown = evaluate(config, net, params, dataset)
+    metrics, codes = evaluate(config, net, params, dataset)
+    shown = codes_to_images(config, net, params, codes[:SHOWN])
     key, published, _ = goal(config)
     counts = np.asarray(quantize.usage(codes, *params["codebook"].shape[:2]))
     images, rmse = dataset.test[:SHOWN], 255 * math.sqrt(metrics["mse"])
@@ -596,18 +594,17 @@ def measure_prior(config, run, dataset, codes, trained, log):
     """
     vqvae, net, params = run
     prior, codebook = build(config), params["codebook"]
-    metrics, tested, _ = evaluate(vqvae, net, params, dataset)
+    metrics, tested = evaluate(vqvae, net, params, dataset)
 
-    @jax.jit
     def cost(trained, codes):
         logits = prior.apply({"params": trained}, codes, codebook)
-        return model.softmax_nll(logits, codes).sum() / math.log(2)
+        return model.softmax_nll(logits, codes).sum((1, 2, 3)) / math.log(2)
 
-    batches = in_batches(tested, "measuring the prior")
+    costs = in_batches(cost, trained, tested, "measuring the prior")  # bits [n]
     bits = {
         "uniform": code_bits(vqvae),
         "unigram": unigram_bits(vqvae, codes[:UNIGRAM_IMAGES], tested),
-        "prior": sum(float(cost(trained, batch)) for batch in batches) / len(tested) / VALUES,
+        "prior": costs.mean(dtype=np.float64) / VALUES,
     }
     found = {f"code_bits_per_dim_{name}": value for name, value in bits.items()}
     if metrics["bits_per_dim"]:
@@ -619,7 +616,8 @@ def measure_prior(config, run, dataset, codes, trained, log):
         alone = [np.random.default_rng(n).choice(c, (8, 8, 8)) for n, c in enumerate(columns)]
         alone = codes_to_images(vqvae, net, params, np.stack(alone, -1))
         title = f"{dataset.name}, preset {vqvae.preset}, temperature {config.temperature:g}"
-        return samples_figure(sample_images(config, trained, run), alone, title)
+        learned = sample_images(config, trained, run)
+        return samples_figure({"learned prior": learned, "unigram prior": alone}, title)
 
     title = f"prior: {bits['unigram'] - bits['prior']:.3f} bits/dim below a unigram prior"
     return found, {
@@ -643,18 +641,19 @@ def sample_images(config, trained, run):
 
 def codes_to_images(config, net, params, codes):
     """Pictures of codes [n, 8, 8, N], means of the likelihood: uint8 [n, 32, 32, 3]."""
-    likelihood, blank = model.LIKELIHOODS[config.likelihood], np.zeros((1, 32, 32, 3), np.uint8)
 
-    @jax.jit
     def means(params, codes):
         outputs = net.apply({"params": params}, codes, method="from_codes")
-        return likelihood.loss(outputs, jnp.repeat(blank, len(codes), 0), 1.0)[1]
+        blank = jnp.zeros((len(codes), 32, 32, 3), jnp.uint8)  # the means need no images
+        return model.LIKELIHOODS[config.likelihood].loss(outputs, blank, 1.0)[1]
 
-    return to_uint8(means(params, codes))
+    levels = in_batches(means, params, codes, f"decoding {len(codes):,} images")
+    return np.uint8(np.clip(levels, 0, 255).round())
 
 
 def sample_again(run, flags):
     """--sample: a new grid from the prior of a run, without training."""
+    finished(run)
     if not (run / "prior" / "config.json").exists():
         raise Stop(2, f"{run} has no prior yet: train one with --prior {run}.")
     config, _, prior = load(run / "prior")
@@ -664,7 +663,7 @@ def sample_again(run, flags):
     words = f"seed {config.seed}, temperature {config.temperature:g}"
     file = run / "prior" / f"samples-{words}.png".replace(", ", "-").replace(" ", "-")
     with atomic(file) as png:
-        samples_figure(images, None, words).savefig(png, dpi=150)
+        samples_figure({"learned prior": images}, words).savefig(png, dpi=150)
     say(f"{config.count} samples are in {file}")
 
 
@@ -700,21 +699,16 @@ def draw_images(axis, images, columns, label, **style):
     return axis.imshow(np.vstack(rows), interpolation="nearest", **style)
 
 
-def to_uint8(levels):
-    """Grey levels of any shape -> the nearest of 0..255."""
-    return np.uint8(np.round(np.clip(levels, 0, 255)))
-
-
 def reconstruction_figure(images, shown, title):
-    """images uint8 [n, 32, 32, 3], their reconstructions in grey levels, and the error.
+    """images, their reconstructions `shown`, both uint8 [n, 32, 32, 3], and the error.
 
     The error is |shown - image|, a mean over the colours. Its scale ends at the 99.5 % quantile.
     """
-    n, error = len(images), np.abs(shown - np.float32(images)).mean(-1, keepdims=True)
+    n, error = len(images), np.abs(np.float32(shown) - images).mean(-1, keepdims=True)
     figure = new_figure(12, 3.2, title)
     axes = figure.subplots(3, 1)
     draw_images(axes[0], images, n, "original")
-    draw_images(axes[1], to_uint8(shown), n, "reconstruction")
+    draw_images(axes[1], shown, n, "reconstruction")
     top = max(np.quantile(error, 0.995), 1e-3)
     drawn = draw_images(axes[2], error, n, "error", cmap="magma", vmin=0, vmax=top)
     figure.colorbar(drawn, ax=axes[2], label="grey levels", extend="max", aspect=8, pad=0.01)
@@ -781,11 +775,9 @@ def code_map(codes, K):
     return np.uint8(colours)[codes].repeat(4, 1).repeat(4, 2)
 
 
-def samples_figure(learned, unigram, title):
-    """uint8 [n, 32, 32, 3] in a square grid, under it those of a unigram prior (or None)."""
-    parts = {"learned prior": learned, "unigram prior: codes drawn alone": unigram}
-    parts = {name: images for name, images in parts.items() if images is not None}
-    columns = math.ceil(math.sqrt(len(learned)))
+def samples_figure(parts, title):
+    """Name of a prior -> its samples uint8 [n, 32, 32, 3], one grid under the other."""
+    columns = math.ceil(math.sqrt(max(map(len, parts.values()))))
     rows = [math.ceil(len(images) / columns) for images in parts.values()]
     figure = new_figure(7, 1.2 + 6.8 * sum(rows) / columns, title)
     axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=rows)[:, 0]
@@ -803,7 +795,7 @@ def survive(write, what):
     try:
         write()
     except OSError as error:
-        say(f"could not write {what} ({error.strerror}): the run goes on; free some space.", True)
+        say(f"could not write {what} ({error.strerror}); the run goes on.", True)
 
 
 def settings(config):
@@ -812,13 +804,10 @@ def settings(config):
     return {name: value for name, value in vars(config).items() if name not in alien}
 
 
-def as_flags(values):
-    """Fields of Config, name -> value, as they are on a command line."""
-    switch = {True: "--", False: "--no-"}
-    return [
-        switch[value] + name if type(value) is bool else f"--{name}={value}"
-        for name, value in values.items()
-    ]
+def as_flag(name, value):
+    """A field of Config, as it is on a command line."""
+    no = "" if value else "no-"
+    return f"--{no}{name}" if type(value) is bool else f"--{name}={value}"
 
 
 def read_config(out):
@@ -827,12 +816,23 @@ def read_config(out):
     try:
         saved = {"preset": "", **json.loads(path.read_text())}
         if alien := set(saved) - set(NAMES):
-            raise Stop(2, f"it has no {', '.join(alien)}.")
-        return check(Config(**vars(make_parser().parse_args(as_flags(saved)))))
+            raise Stop(2, f"this one has no setting {', '.join(alien)}.")
+        flags = [as_flag(*pair) for pair in saved.items()]
+        return check(Config(**vars(make_parser().parse_args(flags))))
     except (OSError, ValueError, TypeError):
         raise Stop(2, f"{out} is no run folder: it has no readable config.json.") from None
     except Stop as error:
         raise Stop(2, f"{path} is not of this version of the kit: {error.args[1]}") from None
+
+
+def finished(run):
+    """The Config of the finished VQ-VAE in a run folder; raises Stop for anything else."""
+    config = read_config(run)
+    if config.preset == "prior":
+        raise Stop(2, f"{run} holds a prior: name the run that it is of, {run.parent}.")
+    if not (run / "result.json").exists():
+        raise Stop(2, f"the run in {run} is not finished: go on with --resume {run}.")
+    return config
 
 
 def fingerprint(config):
@@ -962,10 +962,9 @@ def hardware():
     """The device in words: "2 cores of AMD EPYC", "1 NVIDIA H200"."""
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    name = os.uname().machine
+    with contextlib.suppress(OSError, IndexError):
+        name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count()))
     cores = len(affinity(0))
     return f"{cores} core{'s' * (cores > 1)} of {name}"
@@ -989,19 +988,21 @@ def commit():
 
 def result_row(config, revision, progress, metrics):
     """The row for result.json: what was run, by which commit, where, how long, what it gave."""
-    here = {"out": config.out, "data_dir": config.data_dir}  # of this machine, not of the run
-    usual = vars(Config(**PRESETS[config.preset])) | here
+    step = int(progress.state.step)  # less than config.steps where --eval comes before the end
+    # `out` and `data_dir` are of this machine, not of the run.
+    usual = vars(Config(**PRESETS[config.preset], out=config.out, data_dir=config.data_dir))
     changed = {name: v for name, v in settings(config).items() if v != usual[name]}
     if config.preset == "prior":
         changed = {"prior": Path(config.out).parent} | changed
         del changed["preset"]
     return {
-        "command": " ".join(["python train.py", *as_flags(changed)]),
+        "command": " ".join(["python train.py", *(as_flag(*pair) for pair in changed.items())]),
         "commit": revision,
-        **{name: getattr(config, name) for name in ("preset", "steps", "batch", "seed")},
+        **{name: getattr(config, name) for name in ("preset", "batch", "seed")},
+        "steps": step,
         "train_seconds": round(progress.seconds, 1),
         "compile_seconds": round(progress.compile_seconds, 1),
-        "ms_per_step": round(1e3 * progress.seconds / config.steps, 3),
+        "ms_per_step": round(1e3 * progress.seconds / step, 3),
         **metrics,
         "peak_memory_mib": peak_memory(),
         "device": hardware(),
@@ -1018,7 +1019,7 @@ VERBS = {
     "resume": ("continue this run", ["data_dir"]),
     "eval": ("measure this run again", ["data_dir"]),
     "prior": ("train a prior over the codes of this run", FOR_PRIOR),
-    "sample": ("draw new samples from the prior of this run", ["seed", "temperature", "count"]),
+    "sample": ("draw samples from the prior of this run", ["seed", "temperature", "count"]),
 }
 
 
@@ -1031,9 +1032,8 @@ def make_parser():
 
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        if f.metadata["choices"]:
-            kind["choices"] = f.metadata["choices"]
+        typed = {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else typed
         changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
         text = f"{f.metadata['help']} (default: {', '.join([str(f.default) or '-', *changed])})"
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
@@ -1051,10 +1051,9 @@ def parse(argv):
     if len(verbs) > 1 or run == "" or flags.get("preset") == "prior":
         raise Stop(2, "give one run folder to one verb, such as --prior runs/fast-1.")
     beside = VERBS[verb][1] if verbs else [name for name in NAMES if name not in OF_PRIOR]
-    for name in flags:
-        if name not in beside:
-            where = f"--{verb}" if verbs else "a VQ-VAE: it belongs to --prior or --sample"
-            raise Stop(2, f"--{name} does not go with {where}.")
+    if alien := [name for name in flags if name not in beside]:
+        where = f"--{verb}" if verbs else "a VQ-VAE: it belongs to --prior or --sample"
+        raise Stop(2, f"--{alien[0]} does not go with {where}.")
     return verb, Path(run) if verbs else None, flags
 
 
@@ -1070,19 +1069,20 @@ def run(argv):
     if verb == "sample":
         return sample_again(folder, flags)
     if verb == "prior":
-        vqvae, folder = read_config(folder), folder / "prior"
+        vqvae, folder = finished(folder), folder / "prior"
         flags = {"data_dir": vqvae.data_dir, **flags, "preset": "prior", "out": str(folder)}
     new = verb in ("train", "prior")
     config = configure(flags) if new else dataclasses.replace(read_config(folder), **flags)
     here = "a CPU" if jax.default_backend() == "cpu" else "a GPU"
     why = "" if verb != "train" or "preset" in flags else f", the one for {here}"
-    say(f"preset {config.preset}{why}: {config.steps:,} steps of {config.batch} on {device}")
-    say(f"the preset as measured: {ABOUT.get(config.preset, 'not yet')}")
+    say(f"preset {config.preset}{why}: {config.steps:,} steps of {config.batch} images on {device}")
+    say(f"measured with this preset: {ABOUT.get(config.preset, 'nothing yet')}")
     if config.preset != "prior":
         say(f"published: {goal(config)[2]}")
     if new and config.out:
         refuse_taken(Path(config.out))  # before the wait
-    if verb == "resume" and (folder / "result.json").exists():
+    measured = verb == "resume" and (folder / "result.json").exists()
+    if measured and (folder / f"checkpoint-{config.steps:09d}.msgpack").exists():  # a full disk?
         raise Stop(2, f"the run in {folder} is finished: measure it again with --eval {folder}.")
     task = prior_task(config, folder.parent) if config.preset == "prior" else vqvae_task(config)
     if config.batch > len(task.examples):
@@ -1102,7 +1102,8 @@ def run(argv):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         half = max(1, config.batch // 2)
-        raise Stop(1, f"--batch {config.batch} is too much memory: try {half}.") from None
+        text = f"--batch {config.batch} is too much memory: start anew with --batch {half}."
+        raise Stop(1, text) from None
     except KeyboardInterrupt:
         raise Stop(130, f"stopped; go on with --resume {out}") from None
     row = json.dumps(result_row(config, revision, progress, metrics), indent=1) + "\n"
@@ -1135,7 +1136,8 @@ def main(argv=None):
     except Stop as stop:
         code, text = stop.args
     except OSError as error:
-        code, text = 1, f"{error.filename}: {error.strerror}; nothing deleted."
+        where = f"{error.filename}: " if error.filename else ""
+        code, text = 1, f"{where}{error.strerror or error}; no file was deleted."
     except KeyboardInterrupt:
         code, text = 130, "stopped."
     say(f"train.py: {text}", True)
