@@ -85,7 +85,7 @@ ABOUT = {
     "paper": "nothing yet; it needs a GPU",
     "fast": "4.86 bits/dim after 16 minutes of training on 2 shared, slow cores",
     "notebook": "normalised MSE .056 after 11 minutes on 2 cores",
-    "prior": ".33 bits/dim below a unigram prior (`fast --beta 16`) after 17 minutes on 1 core",
+    "prior": ".33 bits/dim below a unigram prior, on `fast`, after 25 minutes on 1 slow core",
 }
 
 # Published numbers by what is measured: at how many slots, the number, its source.
@@ -485,9 +485,9 @@ def evaluate(config, net, params, dataset):
         "codes_used": int((counts > 0).sum()),
     }
     if likelihood.exact:
-        trained = images_to_codes(net, params, dataset.train[:UNIGRAM_IMAGES])
+        training = images_to_codes(net, params, dataset.train[:UNIGRAM_IMAGES])
         metrics["bits_per_dim"] = nll / math.log(2) + code_bits(config)
-        metrics["bits_per_dim_unigram"] = nll / math.log(2) + unigram_bits(config, trained, codes)
+        metrics["bits_per_dim_unigram"] = nll / math.log(2) + unigram_bits(config, training, codes)
     return metrics, codes
 
 
@@ -500,12 +500,12 @@ def images_to_codes(net, params, images):
     return in_batches(to_codes, params, images, f"encoding {len(images):,} images")
 
 
-def unigram_bits(config, trained, codes):
-    """Bits/dim of `codes` [n, h, w, N] by each slot's frequencies in the codes `trained` alone.
+def unigram_bits(config, training, codes):
+    """Bits/dim of `codes` [n, h, w, N] by each slot's frequencies in the codes `training` alone.
 
     One is added to every count: no code is impossible.
     """
-    prior = 1.0 + np.float64(quantize.usage(trained, config.slots, config.K))  # [N, K]
+    prior = 1.0 + np.float64(quantize.usage(training, config.slots, config.K))  # [N, K]
     bits = -np.log2(prior / prior.sum(1, keepdims=True))
     return bits[np.arange(config.slots), codes].sum() / len(codes) / VALUES
 
@@ -586,24 +586,24 @@ def init_prior(config, prior, codebook, codes):
     return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(config).init)(params), ())
 
 
-def measure_prior(config, run, dataset, codes, trained, log):
+def measure_prior(config, vqvae, dataset, codes, prior_params, log):
     """Task.measure of a prior: bits/dim of the run's test images under three priors, samples.
 
-    trained: the prior's parameters; run: Config, network and parameters of the VQ-VAE;
+    config and prior_params: of the prior; vqvae: Config, network and parameters of the VQ-VAE;
     codes [n, h, w, N]: those that the prior was trained on.
     """
-    vqvae, net, params = run
+    vqvae_config, net, params = vqvae
     prior, codebook = build(config), params["codebook"]
-    metrics, tested = evaluate(vqvae, net, params, dataset)
+    metrics, tested = evaluate(vqvae_config, net, params, dataset)
 
-    def cost(trained, codes):
-        logits = prior.apply({"params": trained}, codes, codebook)
+    def cost(prior_params, codes):
+        logits = prior.apply({"params": prior_params}, codes, codebook)
         return model.softmax_nll(logits, codes).sum((1, 2, 3)) / math.log(2)
 
-    costs = in_batches(cost, trained, tested, "measuring the prior")  # bits [n]
+    costs = in_batches(cost, prior_params, tested, "measuring the prior")  # bits [n]
     bits = {
-        "uniform": code_bits(vqvae),
-        "unigram": unigram_bits(vqvae, codes[:UNIGRAM_IMAGES], tested),
+        "uniform": code_bits(vqvae_config),
+        "unigram": unigram_bits(vqvae_config, codes[:UNIGRAM_IMAGES], tested),
         "prior": costs.mean(dtype=np.float64) / VALUES,
     }
     found = {f"code_bits_per_dim_{name}": value for name, value in bits.items()}
@@ -612,11 +612,11 @@ def measure_prior(config, run, dataset, codes, trained, log):
         found |= {f"bits_per_dim_{name}": rest + value for name, value in bits.items()}
 
     def samples():
-        columns = [codes[:512, ..., n].ravel() for n in range(vqvae.slots)]
+        columns = [codes[:512, ..., n].ravel() for n in range(vqvae_config.slots)]
         alone = [np.random.default_rng(n).choice(c, (8, 8, 8)) for n, c in enumerate(columns)]
-        alone = codes_to_images(vqvae, net, params, np.stack(alone, -1))
-        title = f"{dataset.name}, preset {vqvae.preset}, temperature {config.temperature:g}"
-        learned = sample_images(config, trained, run)
+        alone = codes_to_images(vqvae_config, net, params, np.stack(alone, -1))
+        title = f"{dataset.name}, preset {vqvae_config.preset}, temperature {config.temperature:g}"
+        learned = sample_images(config, prior_params, vqvae)
         return samples_figure({"learned prior": learned, "unigram prior": alone}, title)
 
     title = f"prior: {bits['unigram'] - bits['prior']:.3f} bits/dim below a unigram prior"
@@ -626,17 +626,18 @@ def measure_prior(config, run, dataset, codes, trained, log):
     }
 
 
-def sample_images(config, trained, run):
+def sample_images(config, prior_params, vqvae):
     """Images of codes drawn from a prior: uint8 [config.count, 32, 32, 3].
 
-    config and trained: of the prior; run: Config, network and parameters of the VQ-VAE.
+    config and prior_params: of the prior; vqvae: Config, network and parameters of the VQ-VAE.
     """
-    vqvae, net, params = run
+    vqvae_config, net, params = vqvae
     prior, codebook, key = build(config), params["codebook"], jax.random.key(config.seed)
-    shape = config.count, 8, 8, vqvae.slots
+    shape = config.count, 8, 8, vqvae_config.slots
     with bar(f"sampling {config.count} images", 64, 0) as show:
-        codes = model.sample_codes(prior, trained, codebook, key, shape, config.temperature, show)
-    return codes_to_images(vqvae, net, params, codes)
+        how = key, shape, config.temperature, show
+        codes = model.sample_codes(prior, prior_params, codebook, *how)
+    return codes_to_images(vqvae_config, net, params, codes)
 
 
 def codes_to_images(config, net, params, codes):
@@ -715,10 +716,10 @@ def reconstruction_figure(images, shown, title):
     return figure
 
 
-def curves_figure(log, key, held_out, published, title):
+def curves_figure(log, key, measured, published, title):
     """log[:][key] over steps, beside it perplexity and commitment loss where the log has them.
 
-    held_out is a point at the end; published, if it is not None, a dashed line. The first fifth of
+    measured is a point at the end; published, if it is not None, a dashed line. The first fifth of
     the log, often far above the rest, may leave a panel.
     """
     figure = new_figure(12, 4, title)
@@ -730,13 +731,13 @@ def curves_figure(log, key, held_out, published, title):
         axis.set(xlabel="step", ylabel=LABELS[name])
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
-        marks = [m for m in (held_out, published) if m is not None] if name == key else []
+        marks = [m for m in (measured, published) if m is not None] if name == key else []
         seen = [*values[len(values) // 5 :], *marks]
         room = 0.05 * (max(seen) - min(seen)) + 1e-3 * max(seen) if seen else 1.0
         axis.set_ylim(min(seen, default=0) - room, max(seen, default=0) + room)
     step, seconds = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0)
     axes[0].set_xlabel(f"step ({seconds / 60:.1f} minutes of training in all)")
-    axes[0].plot(step, held_out, "o", color="C3", label=f"measured: {held_out:.4g}")
+    axes[0].plot(step, measured, "o", color="C3", label=f"measured: {measured:.4g}")
     if published is not None:
         axes[0].axhline(published, color="0.3", ls="--", label=f"published: {published:g}")
     axes[0].legend()
