@@ -841,6 +841,11 @@ def fingerprint(config):
     return json.dumps(settings(config) | {"data_dir": "", "out": ""})
 
 
+def checkpoint_file(out, step):
+    """Where the checkpoint of a step lies in a run folder."""
+    return out / f"checkpoint-{step:09d}.msgpack"
+
+
 def checkpoints(out):
     """The checkpoints of a run folder, newest first."""
     return sorted(out.glob("checkpoint-*.msgpack"), reverse=True)
@@ -848,11 +853,10 @@ def checkpoints(out):
 
 def save_checkpoint(out, progress, config):
     """Write checkpoint-STEP.msgpack and keep the one before it; the file opens with its sha256."""
-    step = int(progress.state.step)
     state = flax.serialization.to_state_dict(jax.device_get(progress.state))
     content = {**progress._asdict(), "state": state, "config": fingerprint(config)}
     payload = flax.serialization.msgpack_serialize(content)
-    with atomic(out / f"checkpoint-{step:09d}.msgpack") as file:
+    with atomic(checkpoint_file(out, int(progress.state.step))) as file:
         file.write(hashlib.sha256(payload).digest() + payload)
     for old in checkpoints(out)[2:]:
         old.unlink()
@@ -1082,8 +1086,9 @@ def run(argv):
         say(f"published: {goal(config)[2]}")
     if new and config.out:
         refuse_taken(Path(config.out))  # before the wait
+    # A row alone is not the end: a full disk may have refused the last checkpoint.
     measured = verb == "resume" and (folder / "result.json").exists()
-    if measured and (folder / f"checkpoint-{config.steps:09d}.msgpack").exists():  # a full disk?
+    if measured and checkpoint_file(folder, config.steps).exists():
         raise Stop(2, f"the run in {folder} is finished: measure it again with --eval {folder}.")
     task = prior_task(config, folder.parent) if config.preset == "prior" else vqvae_task(config)
     if config.batch > len(task.examples):
