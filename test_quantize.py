@@ -54,6 +54,7 @@ if jax.__version__.startswith("0.10."):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_disable_most_optimizations", True)
+UNIGRAM_IMAGES = train.UNIGRAM_IMAGES  # as the program has it
 TINY = {"hidden": 8, "residual": 4, "slots": 2, "K": 16, "D": 4, "batch": 8, "blocks": 1,
         "likelihood": "logistic"}  # fmt: skip
 TINY_FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
@@ -69,6 +70,14 @@ def interruptible():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images_to_encode():
+    """A run encodes them for its unigram prior; all crops of the photograph take a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "UNIGRAM_IMAGES", 300)
+        yield
 
 
 def field(seed=0, B=2, h=3, w=2, N=3, D=4, K=7, S=3):
@@ -1128,7 +1137,7 @@ def test_many_steps_in_one_launch_are_the_same_steps(monkeypatch):
 
 def test_the_unigram_prior_counts_the_first_training_images(monkeypatch):
     """Only of so many: the codes of 50,000 would take as long as a tenth of the training."""
-    assert train.UNIGRAM_IMAGES == 10_000
+    assert UNIGRAM_IMAGES == 10_000
     monkeypatch.setattr(train, "UNIGRAM_IMAGES", 5)
     config, net = tiny()
     dataset = data.Dataset(pictures(30, 1), pictures(10), "noise", "test")
