@@ -393,10 +393,10 @@ def test_fsq_names_the_lengths_that_fit(K):
 
 
 @slow
-@pytest.mark.parametrize("codebook", ["ema", "gradient"])
-def test_fsq_trains_all_but_its_codebook(codebook):
-    restart = {"restart": 1.0} if codebook == "ema" else {}
-    config, net = tiny(quantizer="fsq", codebook=codebook, lr=1e-2, blocks=0, **restart)
+@pytest.mark.parametrize("preset", ["fast", "paper"])  # by EMA with restarts, and by gradient
+def test_fsq_trains_all_but_its_codebook(preset):
+    config, net = tiny(preset, quantizer="fsq", lr=1e-2, blocks=0)
+    assert config.codebook == ("ema" if preset == "fast" else "gradient")
     images = pictures()
     state = train.init_state(config, net, images)
     grid = np.array(state.params["codebook"])
