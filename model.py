@@ -1,4 +1,4 @@
-"""The networks of section 4.1, the likelihoods p(x | z_q), a start for both, the prior over codes.
+"""The networks of section 4.1, likelihoods p(x | z_q), their start `--init pca`, the prior.
 
     x [B, H, W, 3] -> Encoder -> z_e [B, h, w, N, D] -> quantize -> z_q -> Decoder -> outputs
 
@@ -42,7 +42,7 @@ class Residual(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """x [B, H, W, 3] -> [B, h, w, features].
+    """x [B, H, W, 3] -> [B, h, w, features]. Down and Up, below, are nnx.Conv and ConvTranspose.
 
     DeepMind's published example (`--net deepmind`) has half the channels in the layer next to the
     pixels, and a 3x3 convolution on each side of z.
@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
         self.from_z = nnx.Conv(features, hidden, window, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Residual(config, dtype, rngs) for _ in range(config.blocks)])
         self.up = Up(hidden, outer, (4, 4), 2, dtype=dtype, rngs=rngs)
-        # float32: at the start the softmax's logits reach hundreds, which bfloat16 rounds by one.
+        # float32: with `--init pca` logits begin in the hundreds, which bfloat16 rounds by one.
         self.up_again = Up(outer, outputs, (4, 4), 2, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, z):
@@ -136,13 +136,13 @@ class VQVAE(nnx.Module):
     def to_images(self, codes):
         """codes [B, h, w, N] -> pictures uint8 [B, H, W, 3], the means of the likelihood."""
         outputs = self.from_codes(codes)
-        blank = jnp.zeros((*outputs.shape[:3], 3), jnp.uint8)  # the means need no images
+        blank = jnp.zeros((*outputs.shape[:3], 3), jnp.uint8)  # of which the means do not depend
         means = LIKELIHOODS[self.config.likelihood].loss(outputs, blank, 1.0)[1]
         return jnp.clip(means, 0, 255).round().astype(jnp.uint8)
 
 
-# The two strided layers: weights and results of flax's own, in a form that is fast on a CPU. It is
-# a convolution of stride 1 over blocks of 2x2 pixels, and gradients that are made of it too.
+# The two strided layers. Weights and results are those of flax's own; for speed on a CPU they and
+# their gradients are computed by convolutions of stride 1 over blocks of 2x2 pixels.
 
 
 class Down(nnx.Conv):
@@ -157,14 +157,14 @@ class Up(nnx.ConvTranspose):
     """nnx.ConvTranspose(inputs, outputs, (4, 4), 2): [B, H, W, inputs] -> [B, 2H, 2W, outputs]."""
 
     def __call__(self, x):
-        x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
-        return up(x, kernel[::-1, ::-1].swapaxes(2, 3)) + self.bias.astype(self.dtype)
+        kernel = self.kernel.astype(self.dtype)[::-1, ::-1].swapaxes(2, 3)  # flax mirrors it
+        return up(x.astype(self.dtype), kernel) + self.bias.astype(self.dtype)
 
 
 def down(x, kernel):
     """4x4 convolution of stride 2: x [B, H, W, C], kernel [4, 4, C, F] -> [B, H/2, W/2, F]."""
     x = to_blocks(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 2)  # [B, H/2 + 1, W/2 + 1, 4C]
-    kernel = kernel.reshape(2, 2, 2, 2, -1, kernel.shape[3]).swapaxes(1, 2)  # as the blocks are
+    kernel = kernel.reshape(2, 2, 2, 2, -1, kernel.shape[3]).swapaxes(1, 2)  # [2, 2, 2, 2, C, F]
     kernel, layout = kernel.reshape(2, 2, -1, kernel.shape[-1]), ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout)
 
@@ -177,10 +177,10 @@ def up(x, kernel):
     return jax.linear_transpose(lambda y: down(y, kernel), large)(x)[0]
 
 
-def up_gradients(inputs, gradient):
+def up_gradients(saved, gradient):
     """The gradients of `up` by x and kernel; `gradient` is that by its result [B, 2H, 2W, C]."""
-    by_x, transpose = jax.vjp(lambda kernel: down(gradient, kernel), inputs[1])
-    return by_x, *transpose(inputs[0])
+    by_x, transpose = jax.vjp(lambda kernel: down(gradient, kernel), saved[1])
+    return by_x, *transpose(saved[0])
 
 
 up.defvjp(lambda x, kernel: (up(x, kernel), (x, kernel)), up_gradients)
@@ -193,9 +193,8 @@ def to_blocks(x, size):
     return x.reshape(B, H // size, W // size, -1)
 
 
-# name -> encoder (config, features, dtype, rngs) -> module, x -> [B, h, w, features]; the decoder
-# (config, features, outputs, dtype, rngs) back from it; whether they have the layers that
-# `--init pca` writes to, by their names. These two share their classes, which read config.net.
+# name -> the class of the encoder, that of the decoder, and whether both have the layers, by name,
+# that `--init pca` writes to. One pair of classes serves both names: it reads config.net.
 NETS = {"paper": (Encoder, Decoder, True), "deepmind": (Encoder, Decoder, True)}
 
 
@@ -209,7 +208,7 @@ GREY = 16.0  # grey levels: the unit of means and scales, in `logistic` and in t
 def categorical(outputs, images, variance):
     """256-way softmax for each colour value, as the authors used: 768 outputs at a pixel.
 
-    softmax_nll: logits [..., K] and whole numbers x [...] -> -log p(x) in nats [...].
+    softmax_nll: logits [..., 256] and whole numbers x [...] -> -log p(x) in nats [...].
     """
     logits = outputs.reshape(*images.shape, 256)  # [B, H, W, 3, 256]
     return softmax_nll(logits, images), nnx.softmax(logits) @ jnp.arange(256.0)
@@ -254,9 +253,9 @@ def gaussian(outputs, images, variance):
     return (images / 255.0 - mean) ** 2 / variance, jnp.clip(255 * mean, 0, 255)
 
 
-# What each says at the start. With m and l, a pixel's three means (less 127.5) and log scales in
-# units of GREY, `outputs` are [m, l] @ weights + bias; weights [6, outputs] and bias [outputs] may
-# depend on the errors' standard deviation [3].
+# What `outputs` begin as with `--init pca`: [m, l] @ weights + bias, where m and l are a pixel's
+# three means (less 127.5) and log scales in units of GREY. A start is a function of the errors'
+# standard deviation [3], in units of GREY, and gives weights [6, outputs] and bias [outputs].
 
 
 def categorical_start(deviation):
@@ -268,7 +267,7 @@ def categorical_start(deviation):
 
 
 def linear_start(outputs, unit=1.0):
-    """Of outputs that are means and log scales in this order, or the means alone."""
+    """A start for outputs that are unit * [m, l], or unit * m alone."""
     return lambda deviation: (unit * np.eye(6, outputs), np.zeros(outputs))
 
 
@@ -294,7 +293,7 @@ LIKELIHOODS = {
 # n images, k directions of a patch that are kept.
 
 MIN_HIDDEN = 2 * 48  # channels that the pairs of a whole patch take, 4 x 4 x 3
-ROUNDING = 1 / 12 / GREY**2  # variance of an error below half a grey level: none is known better
+ROUNDING = 1 / 12 / GREY**2  # variance of rounding to a grey level: the least that an error has
 
 
 def pca_start(model, images, key):
@@ -340,12 +339,12 @@ def waterfill(variance, bits):
     """Reverse water-filling: how many of `bits` each Gaussian of these variances gets."""
     power = np.log2(np.maximum(variance, 1e-9))
     total = np.sort(power)[::-1].cumsum()  # of the k strongest, k = 1, 2, ...
-    level = ((total - 2 * bits) / np.arange(1, len(power) + 1)).max()  # if those k share the bits
+    level = ((total - 2 * bits) / np.arange(1, len(power) + 1)).max()  # largest for the right k
     return np.maximum(0, 0.5 * (power - level))
 
 
 def assign_to_slots(bits_each, N, D):
-    """A permutation matrix [k, N D]: the place in z_e that each direction gets.
+    """A 1 for the place in z_e that each of k directions gets: [k, N D].
 
     One after the other they go to the slot with the fewest bits of work so far that has room.
     """
@@ -391,7 +390,7 @@ def pairs(x, axis=-1):
 def write_kernel(conv, block, bias=0.0):
     """Write `block` [t, t, inputs, outputs] into the middle of a kernel, for its first channels.
 
-    Those outputs read nothing else.
+    Those outputs then read the first `inputs` channels alone, in the middle t x t.
     """
     t, _, inputs, outputs = block.shape
     if isinstance(conv, Up):  # whose kernel is mirrored
@@ -440,6 +439,10 @@ class Prior(nnx.Module):
         logits = self.head(x, codes.reshape(*x.shape[:2], -1), codebook)  # [B, T, N, K]
         return logits.reshape(*codes.shape, -1)
 
+    def nll(self, codes, codebook):
+        """-log p of each code, in nats: codes [B, h, w, N], codebook [S, K, D] -> [B, h, w, N]."""
+        return softmax_nll(self(codes, codebook), codes)
+
     def context(self, codes, codebook):
         """What each position knows of all before it: codes [B, h, w, N] -> [B, T, width]."""
         B, h, w, N = codes.shape
@@ -487,7 +490,8 @@ def code_features(codebook, N):
     """What is known of each code: codebook [S, K, D] -> e [N, K, D], and e with products [N, K, F].
 
     Both in units of their own spread. A logit that is linear in e and its products can be the
-    logarithm of any Gaussian, and codes near each other get logits near each other.
+    logarithm of any Gaussian (above D = 8 of any with a diagonal covariance), and codes near each
+    other get logits near each other.
     """
 
     def standardise(x):  # over the codes; what is the same for all of them stays 0

@@ -14,9 +14,10 @@ Letters, here and in the other files:
     K, D     codes in a codebook, and the length of a code
     S        codebooks: N (one for each slot) or 1 (shared by all slots)
     z_e      encoder output               [B, h, w, N, D]
-    e        codebook                     [S, K, D]
-    z_q      the codes that replace z_e   [B, h, w, N, D]
-    codes    their indices k              [B, h, w, N]
+    codebook the vectors e_j              [S, K, D]
+    codes    k, the index of the nearest  [B, h, w, N]
+    e        that vector, e_k             [B, h, w, N, D]
+    z_q      e, with a gradient to z_e    [B, h, w, N, D]
 
 Everything here is float32: bfloat16 would round the distances of neighbouring codes to the same
 number.
@@ -39,18 +40,18 @@ def nearest(z, codebook):
 
 
 def distances(z, codebook):
-    """How far each code is from ONE vector: z [D], codebook [K, D] -> [K], (|z - e|^2 - |z|^2) / 2.
+    """(|z - e|^2 - |z|^2) / 2 of ONE vector and every code: z [D], codebook [K, D] -> [K].
 
     |z - e|^2 = |z|^2 - 2 e.z + |e|^2, and |z|^2 is the same for every code, so it is left out.
-    Lifted with vmap, the product is one matmul. Without the precision a GPU would round its inputs
-    to ten bits and find other codes than a CPU.
+    Under vmap the product is one matmul. Without the precision a GPU would round its inputs to ten
+    bits and find other codes than a CPU.
     """
     product = jnp.dot(codebook, z, precision=jax.lax.Precision.HIGHEST)  # [K]
     return 0.5 * jnp.sum(codebook**2, -1) - product
 
 
 def lookup(z_e, codebook):
-    """`nearest`, lifted: z_e [B, h, w, N, D] and codebook [S, K, D] -> codes [B, h, w, N]."""
+    """`nearest` under two vmaps: z_e [B, h, w, N, D], codebook [S, K, D] -> codes [B, h, w, N]."""
     N, D = z_e.shape[-2:]
     over_slots = jax.vmap(nearest)  # [N, D] and [N, K, D] -> [N]
     over_positions = jax.vmap(over_slots, in_axes=(0, None))  # [B h w, N, D] -> [B h w, N]
@@ -59,7 +60,7 @@ def lookup(z_e, codebook):
 
 
 def embed(codes, codebook):
-    """The codes' vectors: codes [B, h, w, N] and codebook [S, K, D] -> [B, h, w, N, D]."""
+    """The codes' vectors e: codes [B, h, w, N] and codebook [S, K, D] -> [B, h, w, N, D]."""
     return jnp.asarray(codebook)[book_of_slot(codes.shape[-1], len(codebook)), codes]
 
 
@@ -71,7 +72,7 @@ def book_of_slot(N, S):
 def straight_through(z_e, e):
     """z_q: the value e; its gradient goes to z_e unchanged (section 3.2) and none goes to e.
 
-    (The value is exactly e; the usual z_e + sg[e - z_e] would round.)
+    All are [B, h, w, N, D]. (The value is exactly e, where z_e + sg[e - z_e] would round.)
     """
     return sg(e) + (z_e - sg(z_e))
 
@@ -90,8 +91,8 @@ def quantize(z_e, codebook, search=lookup, gradient=straight_through, extra_loss
     """z_q, codes and losses of eq. 3: z_e [B, h, w, N, D], codebook [S, K, D] -> Quantized.
 
     The paper averages both losses over latents but sums them over D, and sums its first term over
-    the colour values of an image. Here all three are means (as in DeepMind's published example), so
-    a beta here is not the paper's: README.md has the factor.
+    the 3 H W colour values of an image. Here all three are means, as in DeepMind's example: a beta
+    here is one of beta 3 H W / D there, so that .25 at 32 x 32 and D = 64 is 12 there.
     """
     if codebook.ndim != 3:
         raise ValueError(f"codebook {codebook.shape} is not [S, K, D]: give codebook[None] for one")
@@ -135,9 +136,11 @@ class EMA(NamedTuple):
 def ema_init(codebook):
     """Every count 1 and every sum its code: a code that is never used then stays where it is.
 
-    (Starting at count 0 would throw unused codes far away; at count 0 and sum 0, to the origin.)
+    (From count 0 the first batch that uses a code would throw it far out, as its old sum would be
+    divided by the few new counts; from sum 0 it would jump onto the mean of that one batch.) The
+    sum is a copy, as train.py donates its state, in which no buffer may be twice.
     """
-    return EMA(count=jnp.ones(codebook.shape[:2]), total=codebook + 0.0)  # a copy: both are donated
+    return EMA(count=jnp.ones(codebook.shape[:2]), total=codebook + 0.0)
 
 
 def ema_update(ema, codebook, z_e, codes, gamma):
@@ -149,9 +152,9 @@ def ema_update(ema, codebook, z_e, codes, gamma):
     """
     S, K, _ = codebook.shape
     book = book_of_slot(codes.shape[-1], S)
-    total = jnp.zeros_like(codebook).at[book, codes].add(sg(z_e))
+    batch_total = jnp.zeros_like(codebook).at[book, codes].add(sg(z_e))  # sum_j z_ij, [S, K, D]
     count = gamma * ema.count + (1 - gamma) * usage(codes, S, K)
-    total = gamma * ema.total + (1 - gamma) * total
+    total = gamma * ema.total + (1 - gamma) * batch_total
     seen = count[..., None] > 1e-10  # below this the quotient is nearly 0 / 0: leave the code alone
     mean = total / jnp.where(seen, count[..., None], 1.0)
     return EMA(count, total), jnp.where(seen, mean, codebook)
@@ -190,20 +193,21 @@ def kmeans(key, z_e, S, K, rounds=3):
     """
 
     @jax.jit
-    def one_round(key, e, z_e):
-        ema, e = ema_update(ema_init(e), e, z_e, search(z_e, e), 0.0)
-        return restart(key, ema, e, z_e, 0.5)[1]
+    def one_round(key, codebook, z_e):
+        codes = lookup_here(z_e, codebook)
+        ema, codebook = ema_update(ema_init(codebook), codebook, z_e, codes, 0.0)
+        return restart(key, ema, codebook, z_e, 0.5)[1]
 
-    e = jax.jit(random_outputs, static_argnums=(2, 3))(key, z_e, S, K)
+    codebook = jax.jit(random_outputs, static_argnums=(2, 3))(key, z_e, S, K)
     for i in range(rounds):
-        e = one_round(jax.random.fold_in(key, i), e, z_e)
-    return e
+        codebook = one_round(jax.random.fold_in(key, i), codebook, z_e)
+    return codebook
 
 
 # The same lookup in a form that is fast on a CPU, where jnp.argmin does not vectorise
 
 
-def search(z_e, codebook):
+def lookup_here(z_e, codebook):
     """`lookup`, in the form that suits the device."""
     return (lookup_on_cpu if jax.default_backend() == "cpu" else lookup)(z_e, codebook)
 
@@ -232,7 +236,7 @@ def argmin_on_cpu(x):
 
 
 def min_on_cpu(x):
-    """x.min() of a vector by halving it: lifted with vmap, it compares whole rows of positions."""
+    """x.min() of a vector by halving it: under vmap it compares whole rows of positions."""
     while len(x) > 1:
         half = (len(x) + 1) // 2
         x = jnp.minimum(x[:half], x[-half:])
@@ -243,23 +247,22 @@ def min_on_cpu(x):
 
 
 def rotation(z_e, e):
-    """z_q by the rotation trick, Fifty et al. 2025 (arXiv 2410.06424): its gradient turns with it.
+    """z_q by the rotation trick, Fifty et al. 2025 (arXiv 2410.06424): z_e, e -> [B, h, w, N, D].
 
-    z_q = |e| / |z_e| R z_e with R and the ratio held constant; R = I - 2 r r^T + 2 e z^T turns z_e
-    onto e, where e and z are unit vectors and r is the one along e + z.
+    z_q = |e| / |z_e| R z_e with R and the ratio held constant: the gradient is turned back and
+    rescaled on its way to z_e. R = I - 2 r r^T + 2 u v^T turns z_e onto e, with u and v the unit
+    vectors of e and z_e, and r that of u + v.
     """
-    length = jnp.linalg.norm(z_e, axis=-1, keepdims=True) + 1e-6
-    ratio = jnp.linalg.norm(e, axis=-1, keepdims=True) / length
-    z_unit, e_unit = sg(z_e / length), sg(e / (ratio * length + 1e-6))
-    r = z_unit + e_unit
-    r = sg(r / (jnp.linalg.norm(r, axis=-1, keepdims=True) + 1e-6))
+    z_length, e_length = (jnp.linalg.norm(sg(x), axis=-1, keepdims=True) + 1e-6 for x in (z_e, e))
+    v, u = sg(z_e) / z_length, sg(e) / e_length
+    r = (u + v) / (jnp.linalg.norm(u + v, axis=-1, keepdims=True) + 1e-6)
     turned = z_e - 2 * jnp.sum(z_e * r, -1, keepdims=True) * r
-    turned = sg(ratio) * (turned + 2 * jnp.sum(z_e * z_unit, -1, keepdims=True) * e_unit)
+    turned = e_length / z_length * (turned + 2 * jnp.sum(z_e * v, -1, keepdims=True) * u)
     return sg(e) + (turned - sg(turned))
 
 
 # Finite scalar quantisation, Mentzer et al. 2023 (arXiv 2309.15505): the codebook is a fixed grid
-# of K = L^D points in (-1, 1)^D, and tanh bounds z_e. Rounding to the grid finds the nearest code.
+# of K = L^D points in (-1, 1)^D, and tanh bounds z_e; rounding would find the same nearest code.
 # That paper has no commitment loss: `--beta 0` leaves it out.
 
 
@@ -285,10 +288,10 @@ def fsq_wrong_sizes(K, D):
 class Quantizer(NamedTuple):
     """What a kind of quantiser consists of; by default the paper's."""
 
-    search: Callable = search  # z_e, codebook -> codes, each near z_e *in its slot*
+    search: Callable = lookup_here  # z_e, codebook -> codes, each near the z_e of its slot
     start: Callable = init_codebook  # key, S, K, D -> codebook [S, K, D]
     bound: Callable = lambda z_e, codebook: z_e  # applied to the encoder's output before all else
-    extra_loss: Callable = lambda z_e, codebook: 0.0  # one more term of the loss
+    extra_loss: Callable = lambda z_e, codebook: 0.0  # one more term, for quantisers of your own
     learns: bool = True  # whether the codebook does, by its loss or by EMA
     wrong_sizes: Callable = lambda K, D: ""  # a sentence on what is wrong with them, or ""
 

@@ -136,7 +136,7 @@ def test_lookup_is_the_nearest_code(sizes, monkeypatch):
         equal(codes, right)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(quantize, "lookup_on_cpu", None)
-    equal(quantize.search(z_e, codebook), right)  # a GPU takes the other
+    equal(quantize.lookup_here(z_e, codebook), right)  # a GPU takes the other
 
 
 @pytest.mark.parametrize("find", [quantize.lookup, quantize.lookup_on_cpu])

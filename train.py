@@ -13,7 +13,8 @@ The loss is eq. 3 of the paper (quantize.py has its terms):
 
 its first term a mean over an image's colour values (in nats), the others over the elements of z_e.
 With `--codebook ema` (`fast`, `full`, `notebook`) running averages stand in for the second term.
-What a preset costs and gives is in README.md, measured.
+What a preset costs and gives is in README.md, measured. The way to the gradient is main, run_vqvae,
+train (which launches many steps at once), train_step, loss_fn.
 """
 
 import argparse
@@ -42,18 +43,8 @@ from flax import nnx
 import data
 import quantize
 from data import atomic, bar, say
-from model import (
-    LIKELIHOODS,
-    MIN_HIDDEN,
-    NETS,
-    VQVAE,
-    Prior,
-    pca_start,
-    sample_codes,
-    softmax_nll,
-)
+from model import LIKELIHOODS, MIN_HIDDEN, NETS, VQVAE, Prior, pca_start, sample_codes
 
-START = 4000  # training images that a start looks at
 UNIGRAM_IMAGES = 10_000  # training images whose codes the unigram prior counts
 EVAL_BATCH = 100
 PICTURES = 16  # test images that are shown
@@ -81,32 +72,32 @@ def make_train_step(config, variance):
 
     def loss_fn(model, images):
         outputs, z_e, q = model(images)
-        reconstruction = per_value_loss(config, outputs, images, variance)[0].mean()
-        loss = reconstruction + config.beta * q.commitment_loss + q.extra_loss
-        if learns and config.codebook == "gradient":  # an EMA stands in for this term
+        nll = per_value_loss(config, outputs, images, variance)[0].mean()  # first term of eq. 3
+        loss = nll + config.beta * q.commitment_loss + q.extra_loss
+        if learns and config.codebook == "gradient":  # else ema_update, below, stands in for it
             loss = loss + q.codebook_loss
-        return loss, (reconstruction, z_e, q)
+        return loss, (nll, z_e, q)
 
     def train_step(state, images):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        if config.flip:  # mirrors and restarts may share a key
+        if config.flip:  # restarts use the same key: mirrors have nothing to do with codes
             mirror = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirror, images[:, :, ::-1], images)
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (reconstruction, z_e, q)), grads = gradient(state.model, images)
+        (loss, (nll, z_e, q)), grads = gradient(state.model, images)
         updates, opt = optimizer.update(grads, state.opt, state.model)
         model, ema = optax.apply_updates(state.model, updates), state.ema
-        if learns and config.codebook == "ema":  # the codebook's own gradient was zero
+        if learns and config.codebook == "ema":  # gamma rises to 1 as lr falls to 0 (not in A.1)
             gamma = 1 - (1 - config.gamma) * decay_factor(config, state.step)
-            ema, e = quantize.ema_update(ema, model.codebook[...], z_e, q.codes, gamma)
+            ema, codebook = quantize.ema_update(ema, model.codebook[...], z_e, q.codes, gamma)
             if config.restart:
-                ema, e = quantize.restart(key, ema, e, z_e, config.restart)
-            model.codebook[...] = e
-        bits = reconstruction / math.log(2) + uniform_bits(config)
+                ema, codebook = quantize.restart(key, ema, codebook, z_e, config.restart)
+            model.codebook[...] = codebook
+        bits = nll / math.log(2) + uniform_bits(config)
         counts = quantize.usage(q.codes, *model.codebook.shape[:2])
         return TrainState(state.step + 1, model, opt, ema), {
-            **({"bits_per_dim": bits} if is_log_prob else {"nmse": reconstruction}),
-            "perplexity": quantize.perplexity(counts).mean(),
+            **({"bits_per_dim": bits} if is_log_prob else {"nmse": nll}),
+            "perplexity": jnp.exp(jnp.log(quantize.perplexity(counts)).mean()),  # as in evaluate
             "commitment_loss": q.commitment_loss,  # the codebook loss is the same number
             **{"loss": loss, "grad_norm": optax.tree.norm(grads)},
         }
@@ -116,11 +107,11 @@ def make_train_step(config, variance):
 
 def per_value_loss(config, outputs, images, variance):
     """The likelihood's loss of each colour value and its reconstruction, both [B, H, W, 3]."""
-    loss, shown = LIKELIHOODS[config.likelihood].loss(outputs, images, variance)
-    if not loss.shape == shown.shape == images.shape:  # else a mean would silently broadcast
-        found = f"{loss.shape} and {shown.shape}, not twice {images.shape}"
+    loss, recon = LIKELIHOODS[config.likelihood].loss(outputs, images, variance)
+    if not loss.shape == recon.shape == images.shape:  # else a mean would silently broadcast
+        found = f"{loss.shape} and {recon.shape}, not twice {images.shape}"
         raise SystemExit(f"--likelihood {config.likelihood} gives {found}")
-    return loss, shown
+    return loss, recon
 
 
 def uniform_bits(config):
@@ -167,7 +158,7 @@ def train(config, train_step, begin, examples, out):
         state, log = read_arrays(out / "checkpoint.msgpack", begin)
     else:
         say("preparing the start")
-        first = data.permutation(config.seed, len(examples), 0)[: max(START, config.batch)]
+        first = data.permutation(config.seed, len(examples), 0)[: max(4000, config.batch)]
         state, log = begin(examples[first]), []
     whole, split = placements(config)
     leaves, tree = jax.tree.flatten(state)  # Python takes milliseconds a step over whole modules
@@ -193,8 +184,7 @@ def train(config, train_step, begin, examples, out):
             if step % config.log_every and step < config.steps and not due and not stopping:
                 continue
             log.append(log_line(config, step, jax.device_get(waiting), log, clock))
-            text = "".join(json.dumps(line) + "\n" for line in log)
-            survive((out / "log.jsonl").write_text, text)
+            survive((out / "log.jsonl").write_text, "\n".join(map(json.dumps, log)) + "\n")
             state = jax.tree.unflatten(tree, leaves)
             if due or stopping or step == config.steps:
                 survive(write_arrays, out / "checkpoint.msgpack", state, log)
@@ -202,7 +192,7 @@ def train(config, train_step, begin, examples, out):
             if stopping:
                 raise SystemExit(f"stopped after step {step:,}: {go_on(out)}")
             waiting, clock = [], time.monotonic()
-    survive(write_arrays, out / "params.msgpack", state.model, [])
+    write_arrays(out / "params.msgpack", state.model, [])  # a run with it and a result is finished
     return state.model, log
 
 
@@ -215,7 +205,7 @@ def make_launch(train_step, tree):
     """
 
     def launch(leaves, examples, index):
-        state, unroll = jax.tree.unflatten(tree, leaves), int(jax.default_backend() != "cpu")
+        state, unroll = jax.tree.unflatten(tree, leaves), 0 if jax.default_backend() == "cpu" else 1
         body = lambda s, i: train_step(s, examples[i])  # noqa: E731
         state, metrics = jax.lax.scan(body, state, index, unroll=unroll)  # 0: no loop is left
         return jax.tree.leaves(state), metrics
@@ -253,7 +243,7 @@ def log_line(config, step, metrics, log, clock):
     finite = np.isfinite([*values.values()]).all(0)  # [steps]
     if not finite.all():
         at, cure = before["step"] + 1 + finite.argmin(), f"--lr {config.lr / 3:.1g}"
-        cure = "--init random or other images" if at == 1 else cure
+        cure = "another start (--init) or other images" if at == 1 else cure
         raise SystemExit(f"step {at}: the loss is no longer a number: begin anew with {cure}")
     line, took = {name: float(v.mean()) for name, v in values.items()}, time.monotonic() - clock
     ms = 1e3 * took / (step - before["step"])
@@ -286,20 +276,20 @@ def evaluate(model, dataset, prior=None):
     """Metrics of a VQVAE over every image of `dataset.test`, and their codes [n, h, w, N].
 
     bits/dim = [-sum log2 p(x_i | z_q) + cost of the codes] / dims, for three priors over the codes:
-    uniform (h w N log2 K bits, the paper's bound); unigram, each slot's frequencies among training
-    images; and `prior`, where there is one. None where the likelihood is no probability.
+    uniform (h w N log2 K bits, the paper's bound); unigram, each slot's frequencies among the first
+    UNIGRAM_IMAGES of training; and `prior`, if given. Without a probability bits_per_dim is None.
     """
     config, variance = model.config, dataset.variance()
 
-    def measure(model, images):
+    def measure_batch(model, images):
         outputs, _, q = model(images)
-        nll, shown = per_value_loss(config, outputs, images, variance)
-        return nll.sum((1, 2, 3)), jnp.square((shown - images) / 255).sum((1, 2, 3)), q.codes
+        nll, recon = per_value_loss(config, outputs, images, variance)
+        return nll.sum((1, 2, 3)), jnp.square((recon - images) / 255).sum((1, 2, 3)), q.codes
 
     def cost(prior, codes):  # nats
-        return softmax_nll(prior(codes, model.codebook[...]), codes).sum((1, 2, 3))
+        return prior.nll(codes, model.codebook[...]).sum((1, 2, 3))
 
-    nll, error, codes = in_batches(measure, model, dataset.test, "measuring images")
+    nll, error, codes = in_batches(measure_batch, model, dataset.test, "measuring images")
     nll, mse = (sums.mean(dtype=np.float64) / dims(config) for sums in (nll, error))
     training = in_batches(VQVAE.to_codes, model, dataset.train[:UNIGRAM_IMAGES], "encoding images")
     costs = {"": uniform_bits(config), "_unigram": unigram_bits(config, training, codes)}
@@ -330,7 +320,7 @@ def unigram_bits(config, training, codes):
 
 
 def in_batches(function, model, examples, text):
-    """function(model, examples), its arrays [n, ...], compiled for pieces of EVAL_BATCH; a bar."""
+    """function(model, examples) in pieces of EVAL_BATCH, joined: [n, ...]. text: of the bar."""
     function = jax.jit(function, compiler_options=compiler_options())
     starts = bar(text, range(0, len(examples), EVAL_BATCH))
     parts = [jax.device_get(function(model, examples[i : i + EVAL_BATCH])) for i in starts]
@@ -345,8 +335,8 @@ def run_vqvae(config, out=None):
     dataset, revision = data.load(config), commit()  # now: the files may change while it runs
     names = (f"runs/{config.preset}-{n}" for n in itertools.count(1))
     out = out or new_folder(config, [config.out] if config.out else names)
-    step, begin = make_train_step(config, dataset.variance()), functools.partial(new_vqvae, config)
-    model, log = train(config, step, begin, dataset.train, out)
+    train_step = make_train_step(config, dataset.variance())
+    model, log = train(config, train_step, functools.partial(new_vqvae, config), dataset.train, out)
     report(config, model, dataset, log, revision, out, "result.json")
 
 
@@ -364,7 +354,7 @@ def new_vqvae(config, images=None):
 
 
 def build(config, vqvae=None):
-    """The network of the settings, with stock weights: a VQVAE, or a Prior for that of `vqvae`."""
+    """The network of the settings, with stock weights: a VQVAE, or a Prior for the Config vqvae."""
     key = jax.random.key(config.seed, impl="rbg")  # the default one takes seconds more to compile
     sizes = [] if vqvae is None else [field(vqvae), vqvae.K, vqvae.D]
     kind, dtype = Prior if sizes else VQVAE, jnp.dtype(config.dtype)
@@ -377,7 +367,7 @@ def report(config, model, dataset, log, revision, out, name, prior=None):
     config and log: of what was trained last, the VQ-VAE or the prior.
     """
     metrics, codes = evaluate(model, dataset, prior)
-    key = next(key for key in SHOWN if key in log[-1])
+    key = next(key for key in SHOWN if key in log[-1])  # what was trained for
     metrics["published"] = PUBLISHED.get((model.config.dataset, key, model.config.slots))
     survive(write_result, out / name, config, dataset, log, revision, metrics)
     title = f"{dataset.title}, {dataset.split} images: {key.replace('_', ' ')} {metrics[key]:.4g}"
@@ -391,14 +381,14 @@ def report(config, model, dataset, log, revision, out, name, prior=None):
 
 def run_prior(config, run, out=None):
     """Train a prior on the codes of the run in the folder `run`, measure it, draw samples."""
-    (vqvae, model), revision = load(run), commit()
+    (vqvae, model), revision = load(run), commit()  # vqvae: its Config
     dataset = data.load(dataclasses.replace(vqvae, data_dir=config.data_dir, batch=config.batch))
     out = out or new_folder(config, [run / "prior"])
     mirrored = [dataset.train[:, :, ::-1]] if vqvae.flip else []
     images = np.concatenate([dataset.train, *mirrored])
     codes = in_batches(VQVAE.to_codes, model, images, f"encoding {len(images):,} images")
-    step, begin = make_prior_step(config, model), functools.partial(new_prior, config, vqvae)
-    prior, log = train(config, step, begin, codes, out)
+    begin = functools.partial(new_prior, config, vqvae)
+    prior, log = train(config, make_prior_step(config, model), begin, codes, out)
     report(config, model, dataset, log, revision, out, "result.json", prior)
     # Beside its samples, each slot drawn by its own frequency among 512 training images.
     rng, few = np.random.default_rng(0), codes[:512].reshape(-1, vqvae.slots)
@@ -418,20 +408,20 @@ def new_prior(config, vqvae, codes=None):
     return TrainState(jnp.int32(0), model, jax.jit(make_optimizer(config).init)(model), ())
 
 
-def make_prior_step(config, vqvae):
+def make_prior_step(config, model):
     """The update of a prior: `state, metrics = train_step(state, codes)`, codes [B, h, w, N]."""
-    optimizer, codebook = make_optimizer(config), vqvae.codebook[...]
+    optimizer, codebook = make_optimizer(config), model.codebook[...]
 
     def loss_fn(prior, codes):
-        return softmax_nll(prior(codes, codebook), codes).mean()  # nats a code
+        return prior.nll(codes, codebook).mean()  # nats a code
 
     def train_step(state, codes):
         loss, grads = jax.value_and_grad(loss_fn)(state.model, codes)
         updates, opt = optimizer.update(grads, state.opt, state.model)
-        model = optax.apply_updates(state.model, updates)
-        bits = loss / math.log(2) * codes[0].size / dims(vqvae.config)
+        prior = optax.apply_updates(state.model, updates)
+        bits = loss / math.log(2) * codes[0].size / dims(model.config)
         metrics = {"code_bits_per_dim_prior": bits, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, model, opt, ()), metrics
+        return TrainState(state.step + 1, prior, opt, ()), metrics
 
     return train_step
 
@@ -439,8 +429,8 @@ def make_prior_step(config, vqvae):
 def sample_images(config, prior, model):
     """Images of codes drawn from a prior, by its settings: uint8 [count, H, W, 3]."""
     key, shape = jax.random.key(config.seed), (config.count, *field(model.config))
-    how = config.temperature, functools.partial(bar, "sampling")
-    codes = sample_codes(prior, model.codebook[...], key, shape, *how)
+    track = functools.partial(bar, "sampling")
+    codes = sample_codes(prior, model.codebook[...], key, shape, config.temperature, track)
     return in_batches(VQVAE.to_images, model, codes, "decoding images")
 
 
@@ -449,10 +439,8 @@ def sample_images(config, prior, model):
 
 def flag(default, text, low=0, high=10**9, choices=()):
     """A setting: its default, its help, and the values it may have."""
-    limits = (low, high), choices
-    return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
-
-
+    metadata = {"help": text, "range": (low, high), "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,8 +449,8 @@ class Run:
 
     lr: float = flag(2e-4, "Adam's learning rate", 1e-12, 1e3)
     warmup: int = flag(0, "steps over which lr rises from 0")
-    decay: float = flag(0.0, "last part of the run, 0 to 1, in which lr falls to 0", 0, 1)
-    clip: float = flag(1e9, "largest norm of the gradient", 1e-12)
+    decay: float = flag(0.0, "last part of the run, in which lr and 1 - gamma fall to 0", 0, 1)
+    clip: float = flag(1e9, "largest norm of the gradient (1e9: any)", 1e-12)
     batch: int = flag(128, "images a step", 1)
     steps: int = flag(250_000, "length of the run", 1)
     seed: int = flag(0, "of weights, order of images, mirrors, samples", 0, 2**31 - 1)
@@ -491,12 +479,12 @@ class Config(Run):
     D: int = flag(64, "length of a code", 1, 4096)
     shared: bool = flag(False, "one codebook for all slots instead of one each")
     likelihood: str = flag("categorical", "p(x | z_q)", choices=[*LIKELIHOODS])
-    init: str = flag("random", "how weights begin", choices=["random", "data", "pca"])
+    init: str = flag("random", "pca: all; data: the codes", choices=["random", "data", "pca"])
     quantizer: str = flag("vq", "how z_e becomes codes", choices=[*quantize.QUANTIZERS])
-    gradient: str = flag("straight-through", "past the argmin", choices=[*quantize.GRADIENTS])
-    codebook: str = flag("gradient", "how the codebook learns", choices=["gradient", "ema"])
+    gradient: str = flag("straight-through", "from z_q to z_e", choices=[*quantize.GRADIENTS])
+    codebook: str = flag("gradient", "learns by its loss or EMA", choices=["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", 0, 1 - 1e-9)
-    restart: float = flag(0.0, "EMA: move codes used less often a batch (0: none)", 0, 1)
+    restart: float = flag(0.0, "EMA: uses a batch below which a code moves (0: none)", 0, 1)
     beta: float = flag(0.25, "weight of the commitment loss")
 
 
@@ -527,14 +515,14 @@ PRESETS = {
     },
     "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 32, "steps": 1_400},
 }  # fmt: skip
-# Published: data set, what is measured, slots -> the paper's number; that of DeepMind's notebook.
+# Data set, metric, slots -> published: the paper's (10 slots), DeepMind's notebook's (1 slot).
 PUBLISHED = {("cifar10", "bits_per_dim", 10): 4.67, ("cifar10", "nmse", 1): 0.056}
 
 
 def check(config):
     """The same settings; ends the program, naming the flag, where they make no sense."""
     for f in dataclasses.fields(config):
-        value, (low, high), choices = getattr(config, f.name), *f.metadata["limits"]
+        value, (low, high), choices = getattr(config, f.name), *[*f.metadata.values()][1:]
         wanted = f"one of {', '.join(choices)}" if choices else f"{low:g} to {high:g}"
         fits = value in choices if choices else f.type is str or low <= value <= high  # not nan
         if type(value) is not f.type or not fits:
@@ -551,12 +539,13 @@ def wrong_together(c):
         return [("--width must be a multiple of --heads", c.width % c.heads)]
     quantizer, ema = quantize.QUANTIZERS[c.quantizer], c.codebook == "ema"
     has_start = NETS[c.net][2] and LIKELIHOODS[c.likelihood].start and c.hidden >= MIN_HIDDEN
+    needs_ema = "--restart and --gamma need --codebook ema: else give --restart 0"
     needs = f"--init pca needs --hidden {MIN_HIDDEN} or more, a net and a likelihood that it fits"
     return [
         (quantizer.wrong_sizes(c.K, c.D), quantizer.wrong_sizes(c.K, c.D)),
         ("--size must be a multiple of 4", c.size % 4),
         ("--init data needs a codebook that learns", c.init == "data" and not quantizer.learns),
-        ("--gamma and --restart need --codebook ema", not ema and (c.restart or c.gamma != 0.99)),
+        (needs_ema, not ema and (c.restart or c.gamma != Config.gamma)),
         (f"{needs}: else give --init random", c.init == "pca" and not has_start),
     ]
 
@@ -742,7 +731,7 @@ def parse(argv):
     for f in dataclasses.fields(PriorConfig if verb else Config):
         if names and f.name not in names:
             continue
-        typed = {"type": f.type, "choices": f.metadata["limits"][1] or None}
+        typed = {"type": f.type, "choices": f.metadata["choices"] or None}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else typed
         changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
         text = f"{f.metadata['help']} (default: {', '.join([str(f.default) or '-', *changed])})"
@@ -764,13 +753,13 @@ def main(argv=None):
     if not verb:
         preset = flags.get("preset", "fast" if jax.default_backend() == "cpu" else "full")
         config = check(Config(**{"preset": preset, **PRESETS[preset], **flags}))
-        say(f"preset {preset} on {device}: {config.steps:,} steps of {config.batch} images")
+        say(f"preset {preset}: {config.steps:,} steps of {config.batch} images on {device}"[:79])
         return run_vqvae(config)
     config = read_config(run)
     is_prior = isinstance(config, PriorConfig)
     if verb == "resume":
         if (run / "result.json").exists():
-            raise SystemExit(f"the run in {run} is finished: python train.py eval {run}")
+            raise SystemExit(f"{run} is finished: python train.py eval {run.parent if is_prior else run}")
         config = dataclasses.replace(config, **flags)
         return run_prior(config, run.absolute().parent, run) if is_prior else run_vqvae(config, run)
     if is_prior:
@@ -778,10 +767,10 @@ def main(argv=None):
     if verb == "prior":
         flags = {**PRESETS["prior"], "data_dir": config.data_dir, **flags}
         return run_prior(check(PriorConfig(**flags)), run)
-    return (draw_samples if verb == "sample" else measure)(run, flags)
+    return (draw_samples if verb == "sample" else evaluate_run)(run, flags)
 
 
-def measure(run, flags):
+def evaluate_run(run, flags):
     """The verb `eval`: all metrics of a finished run, and of its prior if it has one."""
     config, model = load(run)
     prior = load(run / "prior")[1] if (run / "prior" / "params.msgpack").exists() else None
@@ -820,8 +809,8 @@ def keep_memory():
 
     with contextlib.suppress(OSError, AttributeError):
         keep = [(-4, 0), (-1, 2**31 - 1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD: nothing goes back
-        if "prior" in " ".join(sys.argv[1:3]):  # a third of a prior's step; a VQ-VAE's is slower
-            keep.append((-8, 1))  # M_ARENA_MAX
+        if any(Path(word).name == "prior" for word in sys.argv[1:3]):  # a third of a prior's step
+            keep.append((-8, 1))  # M_ARENA_MAX; a VQ-VAE's step it makes slower
         for option in keep:
             ctypes.CDLL("libc.so.6").mallopt(*option)
 
@@ -829,4 +818,5 @@ def keep_memory():
 if __name__ == "__main__":
     keep_memory()
     pin()
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))  # in training: stop_signals
     main()
