@@ -118,7 +118,7 @@ class VQVAE(nnx.Module):
             raise ValueError(f"images must be uint8 [B, {size}, {size}, 3], 0 to 255, not {found}")
         z = self.encoder(jnp.asarray(images, self.dtype) / 255 - 0.5)  # [B, h, w, N D]
         z_e = z.reshape(*z.shape[:3], self.config.slots, self.config.D).astype(jnp.float32)
-        return self.quantizer.bound(z_e, self.codebook[...])
+        return self.quantizer.bound(z_e, jax.lax.stop_gradient(self.codebook[...]))
 
     def decode(self, z_q):
         """z_q [B, h, w, N, D] -> outputs [B, H, W, outputs], float32."""
@@ -449,10 +449,9 @@ class Prior(nnx.Module):
         vectors = quantize.embed(codes, code_features(codebook, N)[0])  # [B, h, w, N, D]
         x = neighbours(vectors.reshape(B, h, w, -1).astype(self.dtype))  # [B, h, w, 4 N D]
         x = self.neighbours(x) + (self.row + self.column).astype(self.dtype)
-        x = x.reshape(B, h * w, -1)  # [B, T, width]
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            x = block(x)  # [B, h, w, width]
+        return self.norm(x).reshape(B, h * w, -1)
 
     def head(self, x, codes, codebook):
         """x [B, T, width], codes [B, T, N] -> logits [B, T, N, K]; slot n sees slots before n."""
@@ -469,7 +468,7 @@ class Prior(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer of a causal transformer: x [B, T, width] -> the same."""
+    """One layer of a causal transformer: x [B, h, w, width] -> the same."""
 
     def __init__(self, config, dtype, rngs):
         width, linear = config.width, functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
@@ -479,10 +478,10 @@ class Block(nnx.Module):
         self.wide, self.narrow = linear(width, 2 * width), linear(2 * width, width)
 
     def __call__(self, x):
-        B, T, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, T, 3, self.heads, width // self.heads)
+        B, h, w, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, h * w, 3, self.heads, width // self.heads)
         y = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), is_causal=True)
-        x = x + self.out(y.reshape(B, T, width))
+        x = x + self.out(y.reshape(x.shape))
         return x + self.narrow(nnx.gelu(self.wide(self.norm_mlp(x))))
 
 

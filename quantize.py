@@ -94,13 +94,13 @@ def quantize(z_e, codebook, search=lookup, gradient=straight_through, extra_loss
     the 3 H W colour values of an image. Here all three are means, as in DeepMind's example: a beta
     here is one of beta 3 H W / D there, so that .25 at 32 x 32 and D = 64 is 12 there.
     """
-    if codebook.ndim != 3:
-        raise ValueError(f"codebook {codebook.shape} is not [S, K, D]: give codebook[None] for one")
+    if codebook.ndim != 3 or len(codebook) not in (1, z_e.shape[-2]):
+        raise ValueError(f"codebook {codebook.shape} is not [S, K, D], S 1 or N: codebook[None]?")
     codes = search(sg(z_e), codebook)
     e = embed(codes, codebook)
     codebook_loss = jnp.mean((sg(z_e) - e) ** 2)
     commitment_loss = jnp.mean((z_e - sg(e)) ** 2)
-    extra = extra_loss(z_e, codebook)
+    extra = extra_loss(z_e, sg(codebook))  # one that does not learn is a parameter, too
     return Quantized(gradient(z_e, e), codes, codebook_loss, commitment_loss, extra)
 
 

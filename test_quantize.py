@@ -445,7 +445,7 @@ def stepped(**changes):
 @pytest.mark.parametrize("case", ["mine gradient", "mine ema", "fsq ema"])
 def test_a_step_by_hand(case, monkeypatch):
     """Guards 1, 2, 3, 4, 6. With a row of one's own; every parameter learns."""
-    bound, extra = lambda z, e: 0.5 * z + e.mean(), lambda z, e: 3 * jnp.mean(z**2)
+    bound, extra = lambda z, e: 0.5 * z + e.mean(), lambda z, e: 3 * jnp.mean(z**2) + jnp.mean(e**2)
     mine, (quantizer, codebook) = quantize.Quantizer(bound=bound, extra_loss=extra), case.split()
     monkeypatch.setitem(quantize.QUANTIZERS, "mine", mine)
     net = {"net": "deepmind", "blocks": 2} if codebook == "gradient" else {}
@@ -454,11 +454,12 @@ def test_a_step_by_hand(case, monkeypatch):
 
     def loss(net):
         z_e, e = net.encoder(pictures() / 255 - 0.5).reshape(8, 2, 2, 2, 4), net.codebook[...]
-        z_e = bound(z_e, e) if learns else jnp.tanh(z_e)
+        z_e = bound(z_e, sg(e)) if learns else jnp.tanh(z_e)  # neither moves the codebook
         codes = quantize.lookup(z_e, e)
         e = quantize.embed(codes, e)
         nll = model.logistic(net.decode(z_e + sg(e - z_e)), pictures(), 1.0)[0].mean()
-        total = nll + 0.25 * jnp.mean((z_e - sg(e)) ** 2) + learns * extra(z_e, e)
+        mean_extra = learns * extra(z_e, sg(net.codebook[...]))
+        total = nll + 0.25 * jnp.mean((z_e - sg(e)) ** 2) + mean_extra
         by_gradient = learns and codebook == "gradient"
         return total + by_gradient * jnp.mean((sg(z_e) - e) ** 2), (z_e, codes, nll)
 
@@ -891,7 +892,7 @@ WRONG = [  # RUN: a finished run with a prior; BARE: without; OPEN: not finished
     ("--steps 6 resume RUN", "resume"),
     ("nonsense RUN", "nonsense"),
     ("eval nowhere", "nowhere is no run folder"),
-    ("resume RUN", "is finished"),
+    ("resume RUN", "is done"),
     ("prior OPEN", "not finished"),
     ("prior RUN", "is taken"),
     ("prior BARE --width 9 --heads 2", "multiple of --heads"),

@@ -723,7 +723,7 @@ VERBS = {  # verb -> what it does, and its flags; `prior` has all of a PriorConf
 def parse(argv):
     """The command line -> verb (of VERBS, or ""), the run that it names, and the flags given."""
     verb = argv[0] if argv and argv[0] in VERBS else ""
-    text, names = VERBS.get(verb, ("Train a VQ-VAE. Verbs: " + ", ".join(VERBS), None))
+    text, names = VERBS.get(verb, ("Train (fast; on a GPU full) or " + ", ".join(VERBS), None))
     usage = f"python train.py {verb or '[VERB]'} {'RUN ' if verb else ''}[--flag VALUE ...]"
     parser = argparse.ArgumentParser(usage=usage, description=text, allow_abbrev=False)
     if verb:
@@ -756,13 +756,13 @@ def main(argv=None):
         say(f"preset {preset}: {config.steps:,} steps of {config.batch} images on {device}"[:79])
         return run_vqvae(config)
     config = read_config(run)
-    is_prior = isinstance(config, PriorConfig)
+    prior = isinstance(config, PriorConfig)
     if verb == "resume":
         if (run / "result.json").exists():
-            raise SystemExit(f"{run} is finished: python train.py eval {run.parent if is_prior else run}")
+            raise SystemExit(f"{run} is done: python train.py eval {run.parent if prior else run}")
         config = dataclasses.replace(config, **flags)
-        return run_prior(config, run.absolute().parent, run) if is_prior else run_vqvae(config, run)
-    if is_prior:
+        return run_prior(config, run.absolute().parent, run) if prior else run_vqvae(config, run)
+    if prior:
         raise SystemExit(f"{run} holds a prior: name the run that it is of, {run.parent}")
     if verb == "prior":
         flags = {**PRESETS["prior"], "data_dir": config.data_dir, **flags}
