@@ -372,7 +372,7 @@ def report(config, model, dataset, log, revision, out, name, prior=None):
     survive(write_result, out / name, config, dataset, log, revision, metrics)
     title = f"{dataset.title}, {dataset.split} images: {key.replace('_', ' ')} {metrics[key]:.4g}"
     rows = reconstruction_rows(model, dataset.test[:PICTURES], codes[:PICTURES])
-    survive(draw, out / "reconstructions.png", rows, PICTURES, title)
+    survive(draw, out / "reconstructions.png", rows, len(rows["original"]), title)
     say(f"metrics, log and pictures are in {out}")
 
 
@@ -389,7 +389,6 @@ def run_prior(config, run, out=None):
     codes = in_batches(VQVAE.to_codes, model, images, f"encoding {len(images):,} images")
     begin = functools.partial(new_prior, config, vqvae)
     prior, log = train(config, make_prior_step(config, model), begin, codes, out)
-    report(config, model, dataset, log, revision, out, "result.json", prior)
     # Beside its samples, each slot drawn by its own frequency among 512 training images.
     rng, few = np.random.default_rng(0), codes[:512].reshape(-1, vqvae.slots)
     alone = [rng.choice(few[:, n], (8, *field(vqvae)[:2])) for n in range(vqvae.slots)]
@@ -397,6 +396,7 @@ def run_prior(config, run, out=None):
     parts["unigram prior"] = in_batches(VQVAE.to_images, model, np.stack(alone, -1), "decoding")
     title = f"{dataset.title}, preset {vqvae.preset}, temperature {config.temperature:g}"
     survive(draw, out / "samples.png", parts, 8, title)
+    report(config, model, dataset, log, revision, out, "result.json", prior)
 
 
 def new_prior(config, vqvae, codes=None):
@@ -465,7 +465,7 @@ class Config(Run):
     """A run that trains a VQ-VAE. Defaults: those of `paper`; README.md has what it states."""
 
     preset: str = flag("paper", "set of defaults", choices=["fast", "full", "paper", "notebook"])
-    out: str = flag("", "folder of the run (default: runs/PRESET-1, -2, ...)")
+    out: str = flag("", "folder of the run, else runs/PRESET-1, -2, ...")
     dataset: str = flag("cifar10", "images to train on", choices=[*data.DATASETS])
     size: int = flag(32, "height and width of an image, a multiple of 4", 4, 1024)
     val: bool = flag(False, "measure on the last tenth of the training images, held out")
@@ -572,7 +572,7 @@ def new_folder(config, names):
 
 def go_on(out):
     """The command that continues a run, in words."""
-    return f"go on with  python train.py resume {shlex.quote(str(out))}"
+    return f"go on with python train.py resume {shlex.quote(str(out))}"
 
 
 def read_config(run):
@@ -818,5 +818,7 @@ def keep_memory():
 if __name__ == "__main__":
     keep_memory()
     pin()
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped"))  # in training: stop_signals
+    # Ctrl-C outside of training ends at once, as XLA may be computing; it shows the hidden cursor.
+    text = "\n\033[?25hstopped: a run that has begun goes on with python train.py resume RUN"
+    signal.signal(signal.SIGINT, lambda *_: say(text) or os._exit(1))
     main()
