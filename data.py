@@ -110,7 +110,8 @@ def read_pictures(folder, size):
     for file in bar(f"reading {len(files):,} pictures", files):
         try:
             picture = ImageOps.exif_transpose(Image.open(file))
-            assert picture.mode[0] not in "IF", "more than 8 bits a colour"  # I, I;16, F
+            if picture.mode[0] in "IF":  # I, I;16, F
+                raise ValueError("more than 8 bits a colour")
             converted += picture.mode != "RGB"
             images.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size))))
         except Exception as error:  # noqa: BLE001 (PIL has a dozen kinds)

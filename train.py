@@ -46,8 +46,7 @@ from data import atomic, bar, say
 from model import LIKELIHOODS, MIN_HIDDEN, NETS, VQVAE, Prior, pca_start, sample_codes
 
 UNIGRAM_IMAGES = 10_000  # training images whose codes the unigram prior counts
-EVAL_BATCH = 100
-PICTURES = 16  # test images that are shown
+EVAL_BATCH, PICTURES = 100, 16  # images measured at once; test images that are shown
 SHOWN = ["bits_per_dim", "nmse", "code_bits_per_dim_prior", "perplexity"]  # of a line of the log
 
 # The step
@@ -610,7 +609,8 @@ def read_arrays(file, make):
         content, wanted = flax.serialization.msgpack_restore(file.read_bytes()), by_name(like)
         arrays = [content["arrays"][name] for name in wanted]
         shapes = [[(x.shape, x.dtype) for x in xs] for xs in (arrays, wanted.values())]
-        assert shapes[0] == shapes[1], "arrays of other settings than in config.json"
+        if shapes[0] != shapes[1]:
+            raise ValueError("arrays of other settings than in config.json")
     except Exception as error:  # noqa: BLE001 (msgpack has a dozen kinds)
         raise SystemExit(f"{file} is damaged, or of another run: {error!r}") from None
     return jax.tree.unflatten(jax.tree.structure(like), map(jnp.asarray, arrays)), content["log"]
@@ -819,6 +819,5 @@ if __name__ == "__main__":
     keep_memory()
     pin()
     # Ctrl-C outside of training ends at once, as XLA may be computing; it shows the hidden cursor.
-    text = "\n\033[?25hstopped: a run that has begun goes on with python train.py resume RUN"
-    signal.signal(signal.SIGINT, lambda *_: say(text) or os._exit(1))
+    signal.signal(signal.SIGINT, lambda *_: say("\n\033[?25hstopped; see resume") or os._exit(1))
     main()
