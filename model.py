@@ -157,7 +157,7 @@ class Up(nnx.ConvTranspose):
     """nnx.ConvTranspose(inputs, outputs, (4, 4), 2): [B, H, W, inputs] -> [B, 2H, 2W, outputs]."""
 
     def __call__(self, x):
-        kernel = self.kernel.astype(self.dtype)[::-1, ::-1].swapaxes(2, 3)  # flax mirrors it
+        kernel = self.kernel.astype(self.dtype)[::-1, ::-1].swapaxes(2, 3)  # flax's is not mirrored
         return up(x.astype(self.dtype), kernel) + self.bias.astype(self.dtype)
 
 
