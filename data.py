@@ -100,10 +100,10 @@ def folder(root, size):
 
 
 def read_pictures(folder, size):
-    """All that PIL can read below `folder`, in sorted order: uint8 [n, size, size, 3]."""
+    """All that PIL can read below `folder`, as RGB, in sorted order: uint8 [n, size, size, 3]."""
     from PIL import Image, ImageOps
 
-    known, images, converted = Image.registered_extensions(), [], 0
+    known, images = Image.registered_extensions(), []
     files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in known and f.name[0] != "."]
     if not files:
         raise SystemExit(f"no pictures in {folder}: name a folder of them with --data_dir")
@@ -112,13 +112,10 @@ def read_pictures(folder, size):
             picture = ImageOps.exif_transpose(Image.open(file))
             if picture.mode[0] in "IF":  # I, I;16, F
                 raise ValueError("more than 8 bits a colour")
-            converted += picture.mode != "RGB"
             images.append(np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size))))
         except Exception as error:  # noqa: BLE001 (PIL has a dozen kinds)
             text = f"cannot be read as a picture ({error}): mend it, or move it out of {folder}"
             raise SystemExit(f"{file} {text}") from None
-    if converted:
-        say(f"{converted:,} of them were grey, transparent or the like: now they are RGB")
     return np.stack(images)
 
 

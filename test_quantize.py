@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -146,8 +147,8 @@ def test_lowest_index_wins_a_tie_and_no_array_of_all_differences(find):
     z_e = jnp.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])[None, None, :, None]
     equal(find(z_e, codebook[None]).ravel(), [1, 1, 0, 2])
     z_e, codebook = latents(K=64, D=32)
-    total = lambda z, e: sum(map(jnp.sum, quantize.quantize(z, e, find)[::2]))  # noqa: E731
-    program = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(z_e, codebook))
+    gradient = jax.grad(lambda z, e: sum(map(jnp.sum, quantize.quantize(z, e, find)[::2])), (0, 1))
+    program = str(jax.make_jaxpr(gradient)(z_e, codebook))
     largest = max(math.prod(map(int, s.split(","))) for s in re.findall(r"\[([\d,]+)\]", program))
     assert z_e.size <= largest <= max(z_e[..., 0].size * 64, codebook.size) < z_e.size * 64 / 10
 
@@ -648,9 +649,9 @@ def test_learns_structure_and_invents_none():
 
 # The program
 
-TINY_FLAGS = """--dataset photo --preset paper --likelihood logistic --hidden 8 --residual 4
-    --slots 2 --K 16 --D 4 --blocks 1 --batch 8 --steps 6 --log_every 3""".split()
-PRIOR = "--width 8 --layers 1 --heads 2 --batch 8 --steps 6 --log_every 3 --count 4".split()
+TINY_FLAGS = shlex.split("""--dataset photo --preset paper --likelihood logistic --hidden 8
+    --residual 4 --slots 2 --K 16 --D 4 --blocks 1 --batch 8 --steps 6 --log_every 3""")
+PRIOR = shlex.split("--width 8 --layers 1 --heads 2 --batch 8 --steps 6 --log_every 3 --count 4")
 
 
 def go(*words, draw=False):
@@ -678,7 +679,7 @@ def run(folder, *words, before=(), env=(), code=0, **streams):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **streams}
     command = [*before, sys.executable, HERE / "train.py", *map(str, words)]
     env = {**os.environ, "COLUMNS": "80", "TERM": "xterm", **settings, **dict(env)}
-    done = subprocess.run(command, cwd=folder, env=env, **streams)
+    done = subprocess.run(command, check=False, cwd=folder, env=env, **streams)
     assert done.returncode == code and "Traceback" not in str(done.stderr), done.stderr
     return done.stderr if code else done.stdout
 
@@ -717,10 +718,10 @@ def read(file):
 def same_run(one, other):
     """Two runs ended alike, bit for bit."""
     assert (one / "params.msgpack").read_bytes() == (other / "params.msgpack").read_bytes()
-    own = "command out data_dir checkpoint_minutes train_seconds ms_per_step date".split()
     rows = [read(folder / "result.json") for folder in (one, other)]
-    for name in [name for name in rows[0] if name not in own and "unigram" not in name]:
-        assert rows[0][name] == rows[1][name], name
+    for name in rows[0]:
+        if not re.search("command|out|dir|minutes|seconds|ms_per_step|date|unigram", name):
+            assert rows[0][name] == rows[1][name], name
 
 
 def files(folder):
@@ -897,7 +898,7 @@ WRONG = [  # RUN: a finished run with a prior; BARE: without; OPEN: not finished
     ("prior RUN", "is taken"),
     ("prior BARE --width 9 --heads 2", "multiple of --heads"),
     ("eval RUN/prior", "holds a prior"),
-    ("sample BARE", "prior"),
+    ("sample BARE", "train.py prior"),
 ]
 
 
@@ -1070,7 +1071,7 @@ def cifar(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", md5s[5:6])
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "names", "md5": md5s[6][1]})
     download = "torchvision.datasets.cifar.download_and_extract_archive"
-    monkeypatch.setattr(download, lambda *args, **how: open("/no/network"))
+    monkeypatch.setattr(download, lambda *args, **how: Path("/no/network").stat())
     return tmp_path
 
 
@@ -1131,8 +1132,8 @@ def test_a_folder_of_pictures(tmp_path):
     assert [len(images) for images in load("folder", tmp_path)[:2]] == [14, 7]
 
 
-def test_pictures_of_all_kinds(tmp_path, capsys):
-    """The middle is cropped; grey, transparent, palette become RGB, which is said; EXIF turns."""
+def test_pictures_of_all_kinds(tmp_path):
+    """The middle is cropped; grey, transparent, palette become RGB; EXIF turns."""
     ramp = np.uint8(7 * np.arange(32)[:, None, None].repeat(3, 2).repeat(32, 1))  # darker above
     wide = Image.fromarray(np.pad(ramp, [(0, 0), (32, 32), (0, 0)]))
     for mode in ("RGB", "L", "RGBA", "LA", "P"):
@@ -1143,7 +1144,6 @@ def test_pictures_of_all_kinds(tmp_path, capsys):
     Image.fromarray(np.rot90(ramp)).save(tmp_path / "turned.jpg", exif=exif, quality=100)
     found = np.concatenate(load("folder", tmp_path)[:2])
     assert len(found) == 6 and abs(np.int32(found) - ramp).max() <= 7
-    assert "4 of them were grey" in capsys.readouterr().out
 
 
 def test_pictures_that_cannot_be_used(tmp_path):
