@@ -90,7 +90,7 @@ def read_batches(folder):
 def folder(root, size):
     """Pictures of one's own, sub-folders too: resized on the short side, centre-cropped to `size`.
 
-    DIR/train and DIR/test where both are there; else the last tenth in sorted order is for tests.
+    DIR/train and DIR/test where both are there; else a tenth, drawn at random, is for tests.
     """
     title, parts = f"folder {root.name}", [root / "train", root / "test"]
     if all(part.is_dir() for part in parts):
@@ -100,13 +100,17 @@ def folder(root, size):
 
 
 def read_pictures(folder, size):
-    """All that PIL can read below `folder`, as RGB, in sorted order: uint8 [n, size, size, 3]."""
+    """All that PIL can read below `folder`, as RGB: uint8 [n, size, size, 3].
+
+    In one random order: sorted, a tenth of them could be those of one sub-folder, or one class.
+    """
     from PIL import Image, ImageOps
 
     known, images = Image.registered_extensions(), []
     files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in known and f.name[0] != "."]
     if not files:
         raise SystemExit(f"no pictures in {folder}: name a folder of them with --data_dir")
+    files = np.random.default_rng(0).permutation(files)
     for file in bar(f"reading {len(files):,} pictures", files):
         try:
             picture = ImageOps.exif_transpose(Image.open(file))

@@ -7,10 +7,10 @@
     likelihood  outputs and x -> -log p(x | z_q) for each colour value, and a reconstruction
     Prior       p(codes), from which new images are sampled
 
-The letters are those of quantize.py; h = H / 4 and w = W / 4; `outputs` [B, H, W, outputs] holds
-what the likelihood asks for at each pixel. Parameters, quantiser and `outputs` are float32; `dtype`
-is that of the activations between. Networks are flax.nnx modules, which are pytrees: a whole model
-goes through jax.jit, jax.grad and optax as it is.
+The letters are those of quantize.py; h = H / 4, w = W / 4, features = N D. `outputs` [B, H, W,
+Likelihood.outputs] holds what the likelihood asks for at each pixel. Parameters, quantiser and
+`outputs` are float32; `dtype` is that of the activations between. Networks are flax.nnx modules,
+which are pytrees: a whole model goes through jax.jit, jax.grad and optax as it is.
 """
 
 import functools
@@ -136,7 +136,7 @@ class VQVAE(nnx.Module):
     def to_images(self, codes):
         """codes [B, h, w, N] -> pictures uint8 [B, H, W, 3], the means of the likelihood."""
         outputs = self.from_codes(codes)
-        blank = jnp.zeros((*outputs.shape[:3], 3), jnp.uint8)  # of which the means do not depend
+        blank = jnp.zeros((*outputs.shape[:3], 3), jnp.uint8)  # a loss needs images, means do not
         means = LIKELIHOODS[self.config.likelihood].loss(outputs, blank, 1.0)[1]
         return jnp.clip(means, 0, 255).round().astype(jnp.uint8)
 
@@ -156,8 +156,8 @@ class Down(nnx.Conv):
 class Up(nnx.ConvTranspose):
     """nnx.ConvTranspose(inputs, outputs, (4, 4), 2): [B, H, W, inputs] -> [B, 2H, 2W, outputs]."""
 
-    def __call__(self, x):
-        kernel = self.kernel.astype(self.dtype)[::-1, ::-1].swapaxes(2, 3)  # flax's is not mirrored
+    def __call__(self, x):  # flax's kernel runs against the pixels that it writes, up's along them
+        kernel = self.kernel.astype(self.dtype)[::-1, ::-1].swapaxes(2, 3)
         return up(x.astype(self.dtype), kernel) + self.bias.astype(self.dtype)
 
 
@@ -178,7 +178,11 @@ def up(x, kernel):
 
 
 def up_gradients(saved, gradient):
-    """The gradients of `up` by x and kernel; `gradient` is that by its result [B, 2H, 2W, C]."""
+    """The gradients of `up` by x and kernel; `gradient` is that by its result [B, 2H, 2W, C].
+
+    `up` is linear in both, and <up(x, kernel), g> = <x, down(g, kernel)>: by x it is down(g,
+    kernel), by kernel the gradient of <x, down(g, kernel)>.
+    """
     by_x, transpose = jax.vjp(lambda kernel: down(gradient, kernel), saved[1])
     return by_x, *transpose(saved[0])
 
@@ -217,8 +221,8 @@ def categorical(outputs, images, variance):
 def logistic(outputs, images, variance):
     """Discretised logistic, a mean and a log scale for each colour value: 6 outputs at a pixel.
 
-    p(x) = F(x + 1/2) - F(x - 1/2), F the logistic distribution function of that mean and scale; at
-    x = 0 the second term is 0, at x = 255 the first is 1.
+    p(x) = cdf(x + 1/2) - cdf(x - 1/2), of the logistic distribution of that mean and scale; at x =
+    0 the second term is 0, at x = 255 the first is 1.
     """
     mean, log_scale = jnp.split(outputs, 2, -1)  # [B, H, W, 3] each
     mean = 127.5 + GREY * mean  # grey levels
@@ -230,8 +234,9 @@ def logistic_nll(x, mean, log_scale):
 
     x and mean are in grey levels; log_scale is of a scale in units of GREY.
 
-    With s the logistic function, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): no difference of nearly
-    equal numbers, but for the last factor, whose logarithm is right to 5e-5 at every scale.
+    With s the sigmoid, s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): no difference of nearly equal
+    numbers, but for the last factor, whose logarithm is right to 5e-5 at every scale allowed: from
+    .02 to 400 grey levels. Beyond, log_scale has no gradient.
     """
     inverse = jnp.exp(-jnp.clip(log_scale + math.log(GREY), -4, 6))  # 1 / grey levels
 
@@ -276,7 +281,7 @@ class Likelihood(NamedTuple):
 
     outputs: int  # numbers at a pixel
     loss: Callable  # as above
-    is_log_prob: bool  # whether the loss is -log p in nats, so that there are bits/dim
+    is_log_prob: bool  # whether the loss is -log p in nats: bits/dim; else it is logged as nmse
     start: Callable | None = None  # as above; without it there is no `--init pca`
 
 
@@ -310,7 +315,7 @@ def pca_start(model, images, key):
     bits_each = waterfill(variance[::-1], config.slots * math.log2(config.K))  # strongest first
     places = assign_to_slots(bits_each[bits_each > 0], config.slots, config.D)  # [k, N D]
     vectors = vectors[:, ::-1][:, : len(places)]  # [48, k]
-    if not quantizer.learns:  # fit the coefficients to the grid, not the grid to them
+    if not quantizer.learns:  # a fixed grid: two standard deviations reach to its edge, 1
         places = places / (2 * (rows @ vectors).std(0)[:, None] + 1e-3)
 
     z_e = jnp.asarray(patches @ np.float32(vectors @ places))  # [n, h, w, N D]
@@ -324,7 +329,7 @@ def pca_start(model, images, key):
     kept = z_q @ inverse  # the quantised coefficients [n, h, w, k], n at most 1000
     square = (patches[:1000] - kept @ vectors.T).reshape(-1, 3) ** 2  # errors that are left
     deviation = np.sqrt(square.mean(0) + ROUNDING)  # [3]
-    # A logistic of scale s has the standard deviation s pi / sqrt(3).
+    # The standard deviation of a logistic is its scale times pi / sqrt(3).
     log_scale, shift = np.log(deviation * math.sqrt(3) / math.pi), (mean - 127.5) / GREY
     weights, bias = LIKELIHOODS[config.likelihood].start(deviation)
     write_encoder(model.encoder, vectors, places, shift)
@@ -378,7 +383,7 @@ def write_decoder(decoder, vectors, inverse, weights, bias):
 
 
 def split_rows(rows):
-    """Rows of a patch [48, F] -> [2, 2, 12, F]: which block of 2x2 pixels, and where in it."""
+    """Rows of a patch [48, k] -> [2, 2, 12, k]: which block of 2x2 pixels, and where in it."""
     return np.moveaxis(to_blocks(rows.T.reshape(-1, 4, 4, 3), 2), 0, -1)
 
 
@@ -393,7 +398,7 @@ def write_kernel(conv, block, bias=0.0):
     Those outputs then read the first `inputs` channels alone, in the middle t x t.
     """
     t, _, inputs, outputs = block.shape
-    if isinstance(conv, Up):  # whose kernel is mirrored
+    if isinstance(conv, Up):  # whose kernel runs against the pixels that it writes
         block = block[::-1, ::-1]
     own = slice((conv.kernel.shape[0] - t) // 2, (conv.kernel.shape[0] + t) // 2)
     kernel = conv.kernel[...].at[..., :outputs].set(0)
@@ -430,6 +435,7 @@ class Prior(nnx.Module):
         self.head_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.head_hidden = each(width, width, dtype=dtype)
         features = D + len(product_pairs(D)[0])
+        # Zeros: before step 1 the logits are `bias` alone, the unigram prior.
         self.head_out = each(width, features, kernel_init=nnx.initializers.zeros)
         self.bias = nnx.Param(jnp.zeros((N, K)))
 
@@ -510,7 +516,7 @@ def product_pairs(D):
 
 
 def neighbours(x):
-    """The position before each one in raster order and the three above it: [B, h, w, C] -> 4 C.
+    """The position before each one in raster order and the three above: [B, h, w, C] -> [.., 4 C].
 
     Zeros beyond the field; before the first of a row comes the last of the row above. But for that,
     a linear map of them is a masked 3x3 convolution.

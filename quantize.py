@@ -7,8 +7,9 @@ The paper (van den Oord, Vinyals, Kavukcuoglu 2017, arXiv 1711.00937), section 3
 
 with sg the stop-gradient (the paper prints the first term of eq. 3 without its minus).
 
-Letters, here and in the other files:
+Letters, here and in the other files (a code is a vector e_j; an array `codes` has their indices):
     B        images in a batch
+    H, W, C  height and width of an image or of a layer's input, and its channels
     h, w     height and width of the latent field, 8 x 8 for images of 32 x 32
     N        slots: latents at one position (the paper's N, in section 3.2, counts all positions)
     K, D     codes in a codebook, and the length of a code
@@ -91,8 +92,10 @@ def quantize(z_e, codebook, search=lookup, gradient=straight_through, extra_loss
     """z_q, codes and losses of eq. 3: z_e [B, h, w, N, D], codebook [S, K, D] -> Quantized.
 
     The paper averages both losses over latents but sums them over D, and sums its first term over
-    the 3 H W colour values of an image. Here all three are means, as in DeepMind's example: a beta
-    here is one of beta 3 H W / D there, so that .25 at 32 x 32 and D = 64 is 12 there.
+    the 3 H W colour values of an image. Here all three are means, as in DeepMind's example. A beta
+    here is therefore 3 H W / D times as much in the paper's units: .25 at 32 x 32 and D = 64 is 12.
+
+    Raises ValueError unless the codebook is [S, K, D] with S = 1 or N.
     """
     if codebook.ndim != 3 or len(codebook) not in (1, z_e.shape[-2]):
         raise ValueError(f"codebook {codebook.shape} is not [S, K, D], S 1 or N: codebook[None]?")
@@ -100,7 +103,7 @@ def quantize(z_e, codebook, search=lookup, gradient=straight_through, extra_loss
     e = embed(codes, codebook)
     codebook_loss = jnp.mean((sg(z_e) - e) ** 2)
     commitment_loss = jnp.mean((z_e - sg(e)) ** 2)
-    extra = extra_loss(z_e, sg(codebook))  # one that does not learn is a parameter, too
+    extra = extra_loss(z_e, sg(codebook))  # a fixed one is a parameter too, and Adam would move it
     return Quantized(gradient(z_e, e), codes, codebook_loss, commitment_loss, extra)
 
 
@@ -148,7 +151,8 @@ def ema_update(ema, codebook, z_e, codes, gamma):
 
     N_i <- gamma N_i + (1 - gamma) n_i,  m_i <- gamma m_i + (1 - gamma) sum_j z_ij,  e_i = m_i / N_i
 
-    n_i: how many vectors of this batch chose code i; z_ij: those vectors.
+    n_i: how many vectors of this batch chose code i; z_ij: those vectors. z_e [B, h, w, N, D] and
+    codes [B, h, w, N] are the batch's.
     """
     S, K, _ = codebook.shape
     book = book_of_slot(codes.shape[-1], S)
@@ -161,9 +165,10 @@ def ema_update(ema, codebook, z_e, codes, gamma):
 
 
 def restart(key, ema, codebook, z_e, threshold):
-    """Move codes used fewer than `threshold` times a batch onto random encoder outputs.
+    """Move codes whose running count is below `threshold` onto random encoder outputs z_e.
 
-    -> EMA, codebook. Vector, sum and count move together, or the code would go back at once.
+    -> EMA, codebook [S, K, D]. Vector, sum and count (now 1) move together, or the code would go
+    back at once.
     """
     dead = ema.count < threshold  # [S, K]
     fresh = random_outputs(key, z_e, *dead.shape)
@@ -175,8 +180,8 @@ def restart(key, ema, codebook, z_e, threshold):
 def random_outputs(key, z_e, S, K):
     """K encoder outputs for each of S codebooks: z_e [B, h, w, N, D] -> [S, K, D].
 
-    The outputs are cut into K stretches and one is drawn from each, so where there are K or more
-    none is drawn twice, and nothing needs sorting.
+    To draw without repetition one would sort. Instead the outputs are cut into K equal stretches
+    and one is drawn from each: where there are K or more, none comes twice.
     """
     N, D = z_e.shape[-2:]
     outputs = jnp.moveaxis(sg(z_e).reshape(-1, N, D), 1, 0).reshape(S, -1, D)  # [S, B h w N/S, D]

@@ -1,7 +1,7 @@
 """Trains, measures and samples a VQ-VAE (van den Oord et al. 2017) on CIFAR-10.
 
     python train.py                      preset `fast` on a CPU, `full` on a GPU
-    python train.py --preset paper       the paper's setting; published: 4.67 bits/dim
+    python train.py --preset paper       section 4.1's setting; published: 4.67 bits/dim
     python train.py resume runs/fast-1   go on with a run that was stopped
     python train.py eval runs/fast-1     measure a finished run again
     python train.py prior runs/fast-1    train a prior over its codes, and draw samples
@@ -13,8 +13,8 @@ The loss is eq. 3 of the paper (quantize.py has its terms):
 
 its first term a mean over an image's colour values (in nats), the others over the elements of z_e.
 With `--codebook ema` (`fast`, `full`, `notebook`) running averages stand in for the second term.
-What a preset costs and gives is in README.md, measured. The way to the gradient is main, run_vqvae,
-train (which launches many steps at once), train_step, loss_fn.
+What `fast`, `full` and `notebook` cost and gave is in README.md. The way to the gradient is main,
+run_vqvae, train (a CPU launches one step at a time, a GPU up to 100), train_step, loss_fn.
 """
 
 import argparse
@@ -45,8 +45,8 @@ import quantize
 from data import atomic, bar, say
 from model import LIKELIHOODS, MIN_HIDDEN, NETS, VQVAE, Prior, pca_start, sample_codes
 
-UNIGRAM_IMAGES = 10_000  # training images whose codes the unigram prior counts
-EVAL_BATCH, PICTURES = 100, 16  # images measured at once; test images that are shown
+# Images: of training, whose codes the unigram prior counts; measured at once; shown.
+UNIGRAM_IMAGES, EVAL_BATCH, PICTURES = 10_000, 100, 16
 SHOWN = ["bits_per_dim", "nmse", "code_bits_per_dim_prior", "perplexity"]  # of a line of the log
 
 # The step
@@ -79,7 +79,7 @@ def make_train_step(config, variance):
 
     def train_step(state, images):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        if config.flip:  # restarts use the same key: mirrors have nothing to do with codes
+        if config.flip:  # restart draws from the same key: that ties places to mirrors, no more
             mirror = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirror, images[:, :, ::-1], images)
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -92,9 +92,10 @@ def make_train_step(config, variance):
             if config.restart:
                 ema, codebook = quantize.restart(key, ema, codebook, z_e, config.restart)
             model.codebook[...] = codebook
-        bits = nll / math.log(2) + uniform_bits(config)
+        bits = nll / math.log(2) + uniform_bits(config, q.codes)
         counts = quantize.usage(q.codes, *model.codebook.shape[:2])
         return TrainState(state.step + 1, model, opt, ema), {
+            # nmse: of means that are not clipped to 0..255, as they are in evaluate.
             **({"bits_per_dim": bits} if is_log_prob else {"nmse": nll}),
             "perplexity": jnp.exp(jnp.log(quantize.perplexity(counts)).mean()),  # as in evaluate
             "commitment_loss": q.commitment_loss,  # the codebook loss is the same number
@@ -113,13 +114,13 @@ def per_value_loss(config, outputs, images, variance):
     return loss, recon
 
 
-def uniform_bits(config):
-    """What the codes cost under the uniform prior, in bits/dim: h w N log2(K) / (H W 3)."""
-    return math.prod(field(config)) * math.log2(config.K) / dims(config)
+def uniform_bits(config, codes):
+    """What codes [B, h, w, N] cost under the uniform prior, in bits/dim: h w N log2 K / (H W 3)."""
+    return codes[0].size * math.log2(config.K) / dims(config)
 
 
 def field(config):
-    """Shape of an image's codes, (h, w, N)."""
+    """Shape of an image's codes for a prior, (h, w, N); 4 is the stride of every net in NETS."""
     return config.size // 4, config.size // 4, config.slots
 
 
@@ -150,15 +151,16 @@ def decay_factor(config, step):
 def train(config, train_step, begin, examples, out):
     """The trained model and its log: from the checkpoint in the folder `out` if there is one.
 
-    begin: first examples -> TrainState; without them, one of the same shapes. examples [n, ...], of
-    which a step gets `batch`. A signal to stop saves and ends the program.
+    begin(first examples) makes the TrainState before step 1; begin() one of equal shapes, to read a
+    checkpoint into. A step gets `batch` of examples [n, ...]. A signal to stop saves and ends the
+    program.
     """
     if (out / "checkpoint.msgpack").exists():
         state, log = read_arrays(out / "checkpoint.msgpack", begin)
     else:
         say("preparing the start")
-        first = data.permutation(config.seed, len(examples), 0)[: max(4000, config.batch)]
-        state, log = begin(examples[first]), []
+        most = max(config.batch, 4000 * 3072 // max(3072, examples[0].size))  # 4,000 of 32 x 32
+        state, log = begin(examples[data.permutation(config.seed, len(examples), 0)[:most]]), []
     whole, split = placements(config)
     leaves, tree = jax.tree.flatten(state)  # Python takes milliseconds a step over whole modules
     examples, leaves = jax.device_put((examples, leaves), whole)
@@ -191,7 +193,7 @@ def train(config, train_step, begin, examples, out):
             if stopping:
                 raise SystemExit(f"stopped after step {step:,}: {go_on(out)}")
             waiting, clock = [], time.monotonic()
-    write_arrays(out / "params.msgpack", state.model, [])  # a run with it and a result is finished
+    survive(write_arrays, out / "params.msgpack", state.model, [])  # with a result: finished
     return state.model, log
 
 
@@ -199,8 +201,9 @@ def make_launch(train_step, tree):
     """Many steps in one launch: leaves, examples [n, ...], index [count, batch] -> leaves, metrics.
 
     The leaves are those of a TrainState of structure `tree`; each metric is [count]. The examples
-    live on the device, so a launch needs only indices. A GPU scans. A CPU (one step a launch)
-    unrolls, for which 0 stands: in a loop XLA's convolutions are many times slower.
+    live on the device, so a launch needs only indices, and gathers all its batches at once. A GPU
+    scans. A CPU (one step a launch) unrolls, for which 0 stands: in a loop XLA's convolutions are
+    many times slower.
     """
 
     def launch(leaves, examples, index):
@@ -290,7 +293,7 @@ def evaluate(model, dataset, prior=None):
     nll, error, codes = in_batches(measure_batch, model, dataset.test, "measuring images")
     nll, mse = (sums.mean(dtype=np.float64) / dims(config) for sums in (nll, error))
     training = in_batches(VQVAE.to_codes, model, dataset.train[:UNIGRAM_IMAGES], "encoding images")
-    costs = {"": uniform_bits(config), "_unigram": unigram_bits(config, training, codes)}
+    costs = {"": uniform_bits(config, codes), "_unigram": unigram_bits(config, training, codes)}
     if prior is not None:
         nats = in_batches(cost, prior, codes, "measuring the prior").mean(dtype=np.float64)
         costs["_prior"] = float(nats) / math.log(2) / dims(config)
@@ -318,10 +321,14 @@ def unigram_bits(config, training, codes):
 
 
 def in_batches(function, model, examples, text):
-    """function(model, examples) in pieces of EVAL_BATCH, joined: [n, ...]. text: of the bar."""
+    """function(model, examples) in pieces, joined: [n, ...]. text: of the bar.
+
+    A piece is of EVAL_BATCH images of 32 x 32 (or codes), and of fewer that are larger.
+    """
     function = jax.jit(function, compiler_options=compiler_options())
-    starts = bar(text, range(0, len(examples), EVAL_BATCH))
-    parts = [jax.device_get(function(model, examples[i : i + EVAL_BATCH])) for i in starts]
+    together = max(1, EVAL_BATCH * 3072 // max(3072, examples[0].size))
+    pieces = bar(text, np.array_split(examples, math.ceil(len(examples) / together)))
+    parts = [jax.device_get(function(model, piece)) for piece in pieces]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
@@ -335,7 +342,7 @@ def run_vqvae(config, out=None):
     out = out or new_folder(config, [config.out] if config.out else names)
     train_step = make_train_step(config, dataset.variance())
     model, log = train(config, train_step, functools.partial(new_vqvae, config), dataset.train, out)
-    report(config, model, dataset, log, revision, out, "result.json")
+    report(config, model, dataset, log, revision, out / "result.json")
 
 
 def new_vqvae(config, images=None):
@@ -359,19 +366,19 @@ def build(config, vqvae=None):
     return jax.jit(lambda: kind(config, *sizes, dtype, nnx.Rngs(key)))()
 
 
-def report(config, model, dataset, log, revision, out, name, prior=None):
-    """Measure a VQ-VAE (and a prior), write the row of it into the file `name`, and draw.
+def report(config, model, dataset, log, revision, file, prior=None):
+    """Measure a VQ-VAE (and a prior), write the row into `file`, and draw beside it.
 
     config and log: of what was trained last, the VQ-VAE or the prior.
     """
     metrics, codes = evaluate(model, dataset, prior)
     key = next(key for key in SHOWN if key in log[-1])  # what was trained for
     metrics["published"] = PUBLISHED.get((model.config.dataset, key, model.config.slots))
-    survive(write_result, out / name, config, dataset, log, revision, metrics)
+    survive(write_result, file, config, dataset, log, revision, metrics)
     title = f"{dataset.title}, {dataset.split} images: {key.replace('_', ' ')} {metrics[key]:.4g}"
     rows = reconstruction_rows(model, dataset.test[:PICTURES], codes[:PICTURES])
-    survive(draw, out / "reconstructions.png", rows, len(rows["original"]), title)
-    say(f"metrics, log and pictures are in {out}")
+    survive(draw, file.with_suffix(".png"), rows, len(rows["original"]), title)
+    say(f"metrics, log and pictures are in {file.parent}")
 
 
 # The run of a prior over the codes of a VQ-VAE
@@ -394,7 +401,7 @@ def run_prior(config, run, out=None):
     parts["unigram prior"] = in_batches(VQVAE.to_images, model, np.stack(alone, -1), "decoding")
     title = f"{dataset.title}, preset {vqvae.preset}, temperature {config.temperature:g}"
     survive(draw, out / "samples.png", parts, 8, title)
-    report(config, model, dataset, log, revision, out, "result.json", prior)
+    report(config, model, dataset, log, revision, out / "result.json", prior)
 
 
 def new_prior(config, vqvae, codes=None):
@@ -458,11 +465,29 @@ class Run:
     checkpoint_minutes: float = flag(5.0, "between two checkpoints", 1e-12)
 
 
+# What each preset has other than the defaults, which are those of `paper`.
+FAST = {
+    "hidden": 128, "residual": 96, "D": 8, "likelihood": "logistic", "init": "pca",
+    "codebook": "ema", "restart": 0.25, "beta": 40.0, "lr": 1.2e-3, "clip": 10.0, "warmup": 100,
+    "decay": 0.7, "batch": 16, "steps": 14_000, "flip": True,
+}  # fmt: skip
+PRESETS = {
+    "fast": FAST,
+    "full": {**FAST, "hidden": 256, "residual": 64, "lr": 8e-4, "steps": 170_000},
+    "paper": {},
+    "notebook": {
+        "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
+        "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
+    },
+    "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 32, "steps": 1_400},
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(Run):
-    """A run that trains a VQ-VAE. Defaults: those of `paper`; README.md has what it states."""
+    """A run that trains a VQ-VAE. The defaults are the preset `paper`."""
 
-    preset: str = flag("paper", "set of defaults", choices=["fast", "full", "paper", "notebook"])
+    preset: str = flag("paper", "set of defaults", choices=[p for p in PRESETS if p != "prior"])
     out: str = flag("", "folder of the run, else runs/PRESET-1, -2, ...")
     dataset: str = flag("cifar10", "images to train on", choices=[*data.DATASETS])
     size: int = flag(32, "height and width of an image, a multiple of 4", 4, 1024)
@@ -497,22 +522,6 @@ class PriorConfig(Run):
     count: int = flag(64, "samples in a grid", 1, 10_000)
 
 
-# What each preset has other than the defaults, which are those of `paper`.
-FAST = {
-    "hidden": 128, "residual": 96, "D": 8, "likelihood": "logistic", "init": "pca",
-    "codebook": "ema", "restart": 0.25, "beta": 40.0, "lr": 1.2e-3, "clip": 10.0, "warmup": 100,
-    "decay": 0.7, "batch": 16, "steps": 14_000, "flip": True,
-}  # fmt: skip
-PRESETS = {
-    "fast": FAST,
-    "full": {**FAST, "hidden": 256, "residual": 64, "lr": 8e-4, "steps": 170_000},
-    "paper": {},
-    "notebook": {
-        "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
-        "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
-    },
-    "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 32, "steps": 1_400},
-}  # fmt: skip
 # What a run of each gave on the test set, for its first lines; README.md has the rows.
 GAVE = {"fast": "4.843 bits/dim", "full": "4.66 (58,000 steps)", "notebook": "nmse .0560"}
 # Data set, metric, slots -> published: the paper's (10 slots), DeepMind's notebook's (1 slot).
@@ -566,7 +575,7 @@ def new_folder(config, names):
         except FileExistsError:
             continue
         except OSError as error:
-            raise SystemExit(f"cannot write to {out} ({error}): name another --out") from None
+            raise SystemExit(f"{error!r}: name another --out, or copy the run") from None
     raise SystemExit(f"{out} is taken: {go_on(out)}, or move it away")
 
 
@@ -577,7 +586,7 @@ def go_on(out):
 
 def read_config(run):
     """The settings in a run folder, a Config or a PriorConfig; one sentence for anything else."""
-    file = Path(run) / "config.json"
+    run, file = Path(run), Path(run) / "config.json"
     try:
         saved = json.loads(file.read_text())
         return check((PriorConfig if "heads" in saved else Config)(**saved))
@@ -585,7 +594,7 @@ def read_config(run):
         raise SystemExit(f"{file} is not of this version of the kit: {error}") from None
     except (OSError, ValueError):
         hint = f": train one, python train.py prior {run.parent}" if run.name == "prior" else ""
-        raise SystemExit(f"{run} is no run folder: it has no config.json{hint}") from None
+        raise SystemExit(f"{run} is no run folder: it has no readable config.json{hint}") from None
 
 
 def load(run):
@@ -756,12 +765,12 @@ def main(argv=None):
         preset = flags.get("preset", "fast" if jax.default_backend() == "cpu" else "full")
         config = check(Config(**{"preset": preset, **PRESETS[preset], **flags}))
         say(f"preset {preset}: {config.steps:,} steps of {config.batch} images on {device}"[:79])
-        say(f"measured with this preset: {GAVE.get(preset, 'nothing yet')}")
+        say(f"this preset, unchanged, on CIFAR-10: {GAVE.get(preset, 'not measured yet')}")
         return run_vqvae(config)
     config = read_config(run)
     prior = isinstance(config, PriorConfig)
     if verb == "resume":
-        if (run / "result.json").exists():
+        if (run / "result.json").exists() and (run / "params.msgpack").exists():
             raise SystemExit(f"{run} is done: python train.py eval {run.parent if prior else run}")
         config = dataclasses.replace(config, **flags)
         return run_prior(config, run.absolute().parent, run) if prior else run_vqvae(config, run)
@@ -774,12 +783,12 @@ def main(argv=None):
 
 
 def evaluate_run(run, flags):
-    """The verb `eval`: all metrics of a finished run, and of its prior if it has one."""
+    """The verb `eval`: eval.json and eval.png of a finished run, its prior included."""
     config, model = load(run)
     prior = load(run / "prior")[1] if (run / "prior" / "params.msgpack").exists() else None
     dataset = data.load(dataclasses.replace(config, **flags))
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    report(config, model, dataset, log, commit(), run, "eval.json", prior)
+    report(config, model, dataset, log, commit(), run / "eval.json", prior)
 
 
 def draw_samples(run, flags):
@@ -788,8 +797,8 @@ def draw_samples(run, flags):
     config = check(dataclasses.replace(config, **flags))
     words = f"count{config.count}-seed{config.seed}-temperature{config.temperature:g}"
     file, images = run / "prior" / f"samples-{words}.png", sample_images(config, prior, model)
-    draw(file, {words: images}, math.ceil(math.sqrt(config.count)), "samples")
-    say(f"{config.count} samples are in {file}")
+    say(f"drawing {config.count} samples in {file}")
+    survive(draw, file, {words: images}, math.ceil(math.sqrt(config.count)), "samples")
 
 
 PINNED = {"enable_x64": False, "disable_jit": False, "debug_nans": False, "debug_infs": False,
