@@ -468,7 +468,7 @@ class Run:
 # What each preset has other than the defaults, which are those of `paper`.
 FAST = {
     "hidden": 128, "residual": 96, "D": 8, "likelihood": "logistic", "init": "pca",
-    "codebook": "ema", "restart": 0.25, "beta": 40.0, "lr": 1.2e-3, "clip": 10.0, "warmup": 100,
+    "codebook": "ema", "restart": 0.25, "beta": 40.0, "lr": 7e-4, "clip": 10.0, "warmup": 100,
     "decay": 0.7, "batch": 16, "steps": 14_000, "flip": True,
 }  # fmt: skip
 PRESETS = {
