@@ -887,17 +887,18 @@ WRONG = [  # RUN: a finished run with a prior; BARE: without; OPEN: not finished
     ("--batch 100000", "2952 images"),
     ("--quantizer fsq --K 512 --D 4", "--K 512 give --D 1 or 3 or 9"),
     ("--init pca", "--hidden 96"),
+    ("--init OPEN", "not finished"),
     ("--gamma 0.9", "--codebook ema"),
     ("--out RUN", "is taken"),
     ("--steps 6 resume RUN", "resume"),
     ("nonsense RUN", "nonsense"),
-    ("eval nowhere", "nowhere is no run folder"),
+    ("eval nowhere", "nowhere/config.json cannot be read"),
     ("resume RUN", "is done"),
     ("prior OPEN", "not finished"),
     ("prior RUN", "is taken"),
     ("prior BARE --width 9 --heads 2", "multiple of --heads"),
     ("eval RUN/prior", "holds a prior"),
-    ("sample BARE", "train.py prior"),
+    ("sample BARE", "train.py [prior RUN]"),
 ]
 
 
@@ -918,17 +919,8 @@ def test_wrong_command_lines(line, says, finished, tmp_path, monkeypatch, capsys
     assert before == (files(tmp_path), files(finished)) and not (tmp_path / "runs").exists()
 
 
-def double(content):
-    """A checkpoint as JAX_ENABLE_X64 would have made it."""
-    saved = serialization.msgpack_restore(content)
-    saved["arrays"] = {name: np.array(x, "f8" if x.dtype == "f4" else x.dtype)
-                       for name, x in saved["arrays"].items()}  # fmt: skip
-    return serialization.msgpack_serialize(saved)
-
-
 SPOILED = [
     ("resume", "checkpoint.msgpack", lambda b: b[: len(b) // 2], "checkpoint.msgpack"),
-    ("resume", "checkpoint.msgpack", double, "checkpoint.msgpack"),
     ("eval", "params.msgpack", lambda b: b"", "params.msgpack"),
     ("resume", "config.json", lambda b: b.replace(b'"K": 16', b'"K": 32'), "other settings"),
     ("eval", "config.json", lambda b: b[:-1], "config.json"),
@@ -948,15 +940,22 @@ def test_spoiled_files(copied, verb, name, change, says):
 
 
 def test_a_loss_that_is_not_a_number(tmp_path):
-    """It names the step and a lower rate; at step 1 the start or the images are to blame."""
+    """It names the step and a lower rate, and there is no model."""
     flags = [*TINY_FLAGS, "--likelihood=gaussian", "--blocks=0", "--log_every=6"]
     said = refused(*flags, "--lr=1000", "--out", tmp_path / "a")
     assert re.match(r"step [2-6]: the loss", said) and "--lr 3e+02" in said
-    random_pictures(tmp_path / "black", 16, high=1)
-    flags += ["--dataset=folder", f"--data_dir={tmp_path / 'black'}"]
-    said = refused(*flags, "--out", tmp_path / "b")
-    assert said.startswith("step 1: ") and "images" in said and "--lr" not in said
     assert not list(tmp_path.glob("*/params.msgpack"))
+
+
+def test_a_run_begins_with_the_weights_of_another(finished, tmp_path):
+    """`--init RUN`: at a rate of nearly 0 they stay what they were; other sizes do not fit."""
+    flags = [*TINY_FLAGS, "--init", finished]
+    go(*flags, "--lr=1e-12", "--out", tmp_path / "a")
+    files = (folder / "params.msgpack" for folder in (finished, tmp_path / "a"))
+    old, new = (serialization.msgpack_restore(file.read_bytes())["arrays"] for file in files)
+    for name in old:
+        np.testing.assert_allclose(old[name], new[name], atol=1e-9)
+    assert "of other settings" in refused(*flags, "--hidden=6", "--out", tmp_path / "b")
 
 
 @pytest.mark.parametrize("cut", [0, 1, "images"])
@@ -1047,10 +1046,10 @@ def load(dataset, folder="unused", size=32, val=False):
     return data.load(SimpleNamespace(**settings, val=val))
 
 
-def random_pictures(folder, n, high=256):
+def random_pictures(folder, n):
     """n pictures of noise, 32x32, as PNG."""
     folder.mkdir()
-    for i, image in enumerate(np.random.default_rng(0).integers(0, high, (n, 32, 32, 3), np.uint8)):
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), np.uint8)):
         Image.fromarray(image).save(folder / f"{i:03}.png")
 
 

@@ -136,8 +136,7 @@ def make_optimizer(config):
         rise = (step + 1) / max(1, config.warmup)
         return config.lr * jnp.minimum(rise, decay_factor(config, step))
 
-    clip = optax.clip_by_global_norm(config.clip) if config.clip < 1e9 else optax.identity()
-    return optax.chain(clip, optax.adam(schedule))
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
 
 
 def decay_factor(config, step):
@@ -244,7 +243,6 @@ def log_line(config, step, metrics, log, clock):
     finite = np.isfinite([*values.values()]).all(0)  # [steps]
     if not finite.all():
         at, cure = before["step"] + 1 + finite.argmin(), f"--lr {config.lr / 3:.1g}"
-        cure = "another start (--init) or other images" if at == 1 else cure
         raise SystemExit(f"step {at}: the loss is no longer a number: begin anew with {cure}")
     line, took = {name: float(v.mean()) for name, v in values.items()}, time.monotonic() - clock
     ms = 1e3 * took / (step - before["step"])
@@ -352,8 +350,10 @@ def new_vqvae(config, images=None):
     if init == "data":
         z_e = jax.jit(VQVAE.encode)(model, images[: config.batch])
         model.codebook[...] = quantize.random_outputs(key, z_e, *model.codebook.shape[:2])
-    if init == "pca":
+    elif init == "pca":
         pca_start(model, images, key)
+    elif init != "random":  # the weights of a finished run, of equal sizes
+        model = read_arrays(Path(init) / "params.msgpack", lambda: model)[0]
     ema = quantize.ema_init(model.codebook[...]) if config.codebook == "ema" else ()
     return TrainState(jnp.int32(0), model, jax.jit(make_optimizer(config).init)(model), ema)
 
@@ -502,7 +502,7 @@ class Config(Run):
     D: int = flag(64, "length of a code", 1, 4096)
     shared: bool = flag(False, "one codebook for all slots instead of one each")
     likelihood: str = flag("categorical", "p(x | z_q)", choices=[*LIKELIHOODS])
-    init: str = flag("random", "pca: all; data: the codes", choices=["random", "data", "pca"])
+    init: str = flag("random", "random; data: draws codes; pca: all; RUN: weights of a run")
     quantizer: str = flag("vq", "how z_e becomes codes", choices=[*quantize.QUANTIZERS])
     gradient: str = flag("straight-through", "from z_q to z_e", choices=[*quantize.GRADIENTS])
     codebook: str = flag("gradient", "learns by its loss or EMA", choices=["gradient", "ema"])
@@ -586,15 +586,14 @@ def go_on(out):
 
 def read_config(run):
     """The settings in a run folder, a Config or a PriorConfig; one sentence for anything else."""
-    run, file = Path(run), Path(run) / "config.json"
+    file = Path(run) / "config.json"
     try:
         saved = json.loads(file.read_text())
         return check((PriorConfig if "heads" in saved else Config)(**saved))
     except (TypeError, SystemExit) as error:
         raise SystemExit(f"{file} is not of this version of the kit: {error}") from None
     except (OSError, ValueError):
-        hint = f": train one, python train.py prior {run.parent}" if run.name == "prior" else ""
-        raise SystemExit(f"{run} is no run folder: it has no readable config.json{hint}") from None
+        raise SystemExit(f"{file} cannot be read: python train.py [prior RUN] makes it") from None
 
 
 def load(run):
@@ -629,8 +628,7 @@ def read_arrays(file, make):
 
 def by_name(tree):
     """The leaves of a pytree: {".model.encoder.down.kernel.value": array, ...}."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def survive(write, *inputs):
@@ -766,6 +764,8 @@ def main(argv=None):
         config = check(Config(**{"preset": preset, **PRESETS[preset], **flags}))
         say(f"preset {preset}: {config.steps:,} steps of {config.batch} images on {device}"[:79])
         say(f"CIFAR-10 with this preset gave: {GAVE.get(preset, 'not measured yet')}")
+        if config.init not in ("random", "data", "pca"):
+            load(config.init)  # now: no run folder is made where it is no finished run
         return run_vqvae(config)
     config = read_config(run)
     prior = isinstance(config, PriorConfig)
