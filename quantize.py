@@ -79,7 +79,7 @@ def straight_through(z_e, e):
 
 
 class Quantized(NamedTuple):
-    """What `quantize` returns; the losses are means over every element of z_e."""
+    """What `quantize` returns; both losses of eq. 3 are means over every element of z_e."""
 
     z_q: jax.Array  # [B, h, w, N, D], with a gradient to z_e
     codes: jax.Array  # [B, h, w, N], int32
@@ -88,7 +88,7 @@ class Quantized(NamedTuple):
     extra_loss: jax.Array  # for quantisers with a term of their own; 0 in the paper's
 
 
-def quantize(z_e, codebook, search=lookup, gradient=straight_through, extra_loss=lambda z, e: 0.0):
+def quantize(z_e, codebook, search=lookup, gradient=straight_through, extra_loss=lambda *_: 0.0):
     """z_q, codes and losses of eq. 3: z_e [B, h, w, N, D], codebook [S, K, D] -> Quantized.
 
     The paper averages both losses over latents but sums them over D, and sums its first term over
@@ -227,8 +227,8 @@ def lookup_on_cpu(z_e, codebook):
     books = codebook[book_of_slot(N, len(codebook))]  # [N, K, D]
 
     def one_slot(pair):
-        z, e = pair
-        return jax.lax.map(lambda v: argmin_on_cpu(distances(v, e)), z, batch_size=512)
+        z, book = pair
+        return jax.lax.map(lambda v: argmin_on_cpu(distances(v, book)), z, batch_size=512)
 
     codes = jax.lax.map(one_slot, (z, books))  # [N, B h w]
     return jnp.moveaxis(codes, 0, -1).reshape(z_e.shape[:-1])
@@ -267,8 +267,8 @@ def rotation(z_e, e):
 
 
 # Finite scalar quantisation, Mentzer et al. 2023 (arXiv 2309.15505): the codebook is a fixed grid
-# of K = L^D points in (-1, 1)^D, and tanh bounds z_e; rounding would find the same nearest code.
-# That paper has no commitment loss: `--beta 0` leaves it out.
+# of K = L^D points in (-1, 1)^D, and tanh bounds z_e. Unlike there, L is one for all dimensions
+# and all L cells are equally wide. That paper has no commitment loss: `--beta 0` leaves it out.
 
 
 def fsq_levels(K, D):

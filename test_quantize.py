@@ -887,7 +887,8 @@ WRONG = [  # RUN: a finished run with a prior; BARE: without; OPEN: not finished
     ("--batch 100000", "2952 images"),
     ("--quantizer fsq --K 512 --D 4", "--K 512 give --D 1 or 3 or 9"),
     ("--init pca", "--hidden 96"),
-    ("--init OPEN", "not finished"),
+    ("--init RUN --slots 1", "of other settings"),
+    ("--init OPEN", "OPEN/params.msgpack is missing"),
     ("--gamma 0.9", "--codebook ema"),
     ("--out RUN", "is taken"),
     ("--steps 6 resume RUN", "resume"),
@@ -948,14 +949,14 @@ def test_a_loss_that_is_not_a_number(tmp_path):
 
 
 def test_a_run_begins_with_the_weights_of_another(finished, tmp_path):
-    """`--init RUN`: at a rate of nearly 0 they stay what they were; other sizes do not fit."""
+    """`--init RUN`: at a rate of nearly 0 they stay what they were; a part is refused."""
     flags = [*TINY_FLAGS, "--init", finished]
     go(*flags, "--lr=1e-12", "--out", tmp_path / "a")
     files = (folder / "params.msgpack" for folder in (finished, tmp_path / "a"))
     old, new = (serialization.msgpack_restore(file.read_bytes())["arrays"] for file in files)
     for name in old:
         np.testing.assert_allclose(old[name], new[name], atol=1e-9)
-    assert "of other settings" in refused(*flags, "--hidden=6", "--out", tmp_path / "b")
+    assert "of other settings" in refused(*flags, "--blocks=0", "--out", tmp_path / "b")
 
 
 @pytest.mark.parametrize("cut", [0, 1, "images"])

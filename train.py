@@ -45,7 +45,7 @@ import quantize
 from data import atomic, bar, say
 from model import LIKELIHOODS, MIN_HIDDEN, NETS, VQVAE, Prior, pca_start, sample_codes
 
-# Images: of training, whose codes the unigram prior counts; measured at once; shown.
+# Numbers of images: of training, for the unigram prior; measured at once; shown.
 UNIGRAM_IMAGES, EVAL_BATCH, PICTURES = 10_000, 100, 16
 SHOWN = ["bits_per_dim", "nmse", "code_bits_per_dim_prior", "perplexity"]  # of a line of the log
 
@@ -79,7 +79,7 @@ def make_train_step(config, variance):
 
     def train_step(state, images):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        if config.flip:  # restart draws from the same key: that ties places to mirrors, no more
+        if config.flip:  # restart draws from the same key, so from the mirrors' bits: harmless
             mirror = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
             images = jnp.where(mirror, images[:, :, ::-1], images)
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -192,7 +192,7 @@ def train(config, train_step, begin, examples, out):
             if stopping:
                 raise SystemExit(f"stopped after step {step:,}: {go_on(out)}")
             waiting, clock = [], time.monotonic()
-    survive(write_arrays, out / "params.msgpack", state.model, [])  # with a result: finished
+    survive(write_arrays, out / "params.msgpack", state.model, [])  # with it a run is finished
     return state.model, log
 
 
@@ -201,8 +201,8 @@ def make_launch(train_step, tree):
 
     The leaves are those of a TrainState of structure `tree`; each metric is [count]. The examples
     live on the device, so a launch needs only indices, and gathers all its batches at once. A GPU
-    scans. A CPU (one step a launch) unrolls, for which 0 stands: in a loop XLA's convolutions are
-    many times slower.
+    scans. On a CPU (one step a launch) `unroll` is 0, no loop at all (True would keep one around
+    the step): in a loop XLA's convolutions are many times slower.
     """
 
     def launch(leaves, examples, index):
@@ -243,7 +243,7 @@ def log_line(config, step, metrics, log, clock):
     finite = np.isfinite([*values.values()]).all(0)  # [steps]
     if not finite.all():
         at, cure = before["step"] + 1 + finite.argmin(), f"--lr {config.lr / 3:.1g}"
-        raise SystemExit(f"step {at}: the loss is no longer a number: begin anew with {cure}")
+        raise SystemExit(f"step {at}: the loss is not a number: try {cure}, or another --init")
     line, took = {name: float(v.mean()) for name, v in values.items()}, time.monotonic() - clock
     ms = 1e3 * took / (step - before["step"])
     shown = "  ".join(f"{key.replace('_', ' ')} {line[key]:.4g}" for key in SHOWN if key in line)
@@ -352,7 +352,7 @@ def new_vqvae(config, images=None):
         model.codebook[...] = quantize.random_outputs(key, z_e, *model.codebook.shape[:2])
     elif init == "pca":
         pca_start(model, images, key)
-    elif init != "random":  # the weights of a finished run, of equal sizes
+    elif init != "random":  # a finished run, of equal sizes
         model = read_arrays(Path(init) / "params.msgpack", lambda: model)[0]
     ema = quantize.ema_init(model.codebook[...]) if config.codebook == "ema" else ()
     return TrainState(jnp.int32(0), model, jax.jit(make_optimizer(config).init)(model), ema)
@@ -369,7 +369,7 @@ def build(config, vqvae=None):
 def report(config, model, dataset, log, revision, file, prior=None):
     """Measure a VQ-VAE (and a prior), write the row into `file`, and draw beside it.
 
-    config and log: of what was trained last, the VQ-VAE or the prior.
+    config and log: of the run that the row is for.
     """
     metrics, codes = evaluate(model, dataset, prior)
     key = next(key for key in SHOWN if key in log[-1])  # what was trained for
@@ -454,7 +454,7 @@ class Run:
 
     lr: float = flag(2e-4, "Adam's learning rate", 1e-12, 1e3)
     warmup: int = flag(0, "steps over which lr rises from 0")
-    decay: float = flag(0.0, "last part of the run, in which lr and 1 - gamma fall to 0", 0, 1)
+    decay: float = flag(0.0, "part of the run, at its end, where lr and 1 - gamma fall to 0", 0, 1)
     clip: float = flag(1e9, "largest norm of the gradient (1e9: any)", 1e-12)
     batch: int = flag(128, "images a step", 1)
     steps: int = flag(250_000, "length of the run", 1)
@@ -502,12 +502,12 @@ class Config(Run):
     D: int = flag(64, "length of a code", 1, 4096)
     shared: bool = flag(False, "one codebook for all slots instead of one each")
     likelihood: str = flag("categorical", "p(x | z_q)", choices=[*LIKELIHOODS])
-    init: str = flag("random", "random; data: draws codes; pca: all; RUN: weights of a run")
+    init: str = flag("random", "random; data: codes of z_e; pca: all; RUN: a run's weights")
     quantizer: str = flag("vq", "how z_e becomes codes", choices=[*quantize.QUANTIZERS])
     gradient: str = flag("straight-through", "from z_q to z_e", choices=[*quantize.GRADIENTS])
     codebook: str = flag("gradient", "learns by its loss or EMA", choices=["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", 0, 1 - 1e-9)
-    restart: float = flag(0.0, "EMA: uses a batch below which a code moves (0: none)", 0, 1)
+    restart: float = flag(0.0, "EMA: a code used less a batch than this moves (0: none)", 0, 1)
     beta: float = flag(0.25, "weight of the commitment loss")
 
 
@@ -613,17 +613,17 @@ def write_arrays(file, tree, log):
 
 
 def read_arrays(file, make):
-    """The same again: a pytree of the shapes that make() has, and the log."""
+    """What write_arrays wrote: a pytree of the shapes that make() has, and the log."""
     like = jax.eval_shape(make)
     try:
         content, wanted = flax.serialization.msgpack_restore(file.read_bytes()), by_name(like)
-        arrays = [content["arrays"][name] for name in wanted]
-        shapes = [[(x.shape, x.dtype) for x in xs] for xs in (arrays, wanted.values())]
+        found = content["arrays"]
+        shapes = [{k: (x.shape, x.dtype) for k, x in xs.items()} for xs in (found, wanted)]
         if shapes[0] != shapes[1]:
-            raise ValueError("arrays of other settings than in config.json")
+            raise ValueError("arrays of other settings")
     except Exception as error:  # noqa: BLE001 (msgpack has a dozen kinds)
-        raise SystemExit(f"{file} is damaged, or of another run: {error!r}") from None
-    return jax.tree.unflatten(jax.tree.structure(like), map(jnp.asarray, arrays)), content["log"]
+        raise SystemExit(f"{file} is missing, damaged, or of another run: {error!r}") from None
+    return jax.tree.structure(like).unflatten(jnp.asarray(found[k]) for k in wanted), content["log"]
 
 
 def by_name(tree):
@@ -764,8 +764,8 @@ def main(argv=None):
         config = check(Config(**{"preset": preset, **PRESETS[preset], **flags}))
         say(f"preset {preset}: {config.steps:,} steps of {config.batch} images on {device}"[:79])
         say(f"CIFAR-10 with this preset gave: {GAVE.get(preset, 'not measured yet')}")
-        if config.init not in ("random", "data", "pca"):
-            load(config.init)  # now: no run folder is made where it is no finished run
+        if config.init not in ("random", "data", "pca"):  # ends now where that run will not do
+            read_arrays(Path(config.init) / "params.msgpack", lambda: build(config))
         return run_vqvae(config)
     config = read_config(run)
     prior = isinstance(config, PriorConfig)
