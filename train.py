@@ -390,7 +390,8 @@ def run_prior(config, run, out=None):
     dataset = data.load(dataclasses.replace(vqvae, data_dir=config.data_dir, batch=config.batch))
     out = out or new_folder(config, [run / "prior"])
     mirrored = [dataset.train[:, :, ::-1]] if vqvae.flip else []
-    images = np.concatenate([dataset.train, *mirrored])
+    # No more than the run will see.
+    images = np.concatenate([dataset.train, *mirrored])[: config.steps * config.batch]
     codes = in_batches(VQVAE.to_codes, model, images, f"encoding {len(images):,} images")
     begin = functools.partial(new_prior, config, vqvae)
     prior, log = train(config, make_prior_step(config, model), begin, codes, out)
