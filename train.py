@@ -480,7 +480,7 @@ PRESETS = {
         "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
         "codebook": "ema", "lr": 3e-4, "batch": 32, "steps": 10_000,
     },
-    "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 32, "steps": 1_400},
+    "prior": {"lr": 1e-3, "warmup": 100, "decay": 0.9, "batch": 8, "steps": 5_600},
 }  # fmt: skip
 
 
