@@ -90,7 +90,7 @@ def read_batches(folder):
 def folder(root, size):
     """Pictures of one's own, sub-folders too: resized on the short side, centre-cropped to `size`.
 
-    DIR/train and DIR/test where both are there; else a tenth, drawn at random, is for tests.
+    DIR/train and DIR/test where both are there; else a tenth, drawn by their names, is for tests.
     """
     title, parts = f"folder {root.name}", [root / "train", root / "test"]
     if all(part.is_dir() for part in parts):
@@ -102,16 +102,18 @@ def folder(root, size):
 def read_pictures(folder, size):
     """All that PIL can read below `folder`, as RGB: uint8 [n, size, size, 3].
 
-    In one random order: sorted, a tenth of them could be those of one sub-folder, or one class.
+    In the order of random numbers that their names seed: sorted, a tenth of them could be those of
+    one sub-folder; and one picture more moves at most one other between training and test.
     """
     from PIL import Image, ImageOps
 
     known, images = Image.registered_extensions(), []
-    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in known and f.name[0] != "."]
-    if not files:
+    names = [f.relative_to(folder) for f in folder.rglob("*") if f.suffix.lower() in known]
+    names = [name for name in names if "/." not in f"/{name}"]  # nor in a hidden folder
+    if not names:
         raise SystemExit(f"no pictures in {folder}: name a folder of them with --data_dir")
-    files = np.random.default_rng(0).permutation(files)
-    for file in bar(f"reading {len(files):,} pictures", files):
+    names.sort(key=lambda name: np.random.default_rng([*os.fsencode(name)]).random())
+    for file in bar(f"reading {len(names):,} pictures", [folder / name for name in names]):
         try:
             picture = ImageOps.exif_transpose(Image.open(file))
             if picture.mode[0] in "IF":  # I, I;16, F
@@ -135,7 +137,8 @@ def photo(_, size):
     return *(x.reshape(-1, size, size, 3) for x in (train, test)), "photo (not CIFAR-10)"
 
 
-# name -> function of the data folder and the size, to train and test images and a title
+# name -> function of the data folder and the size, to train and test images, each in mixed order,
+# and a title
 DATASETS = {"cifar10": cifar10, "folder": folder, "photo": photo}
 
 

@@ -156,7 +156,7 @@ class Down(nnx.Conv):
 class Up(nnx.ConvTranspose):
     """nnx.ConvTranspose(inputs, outputs, (4, 4), 2): [B, H, W, inputs] -> [B, 2H, 2W, outputs]."""
 
-    def __call__(self, x):  # flax's kernel runs against the pixels that it writes, up's along them
+    def __call__(self, x):  # flax's kernel is up's, turned by 180 degrees, channels swapped
         kernel = self.kernel.astype(self.dtype)[::-1, ::-1].swapaxes(2, 3)
         return up(x.astype(self.dtype), kernel) + self.bias.astype(self.dtype)
 
@@ -315,7 +315,7 @@ def pca_start(model, images, key):
     bits_each = waterfill(variance[::-1], config.slots * math.log2(config.K))  # strongest first
     places = assign_to_slots(bits_each[bits_each > 0], config.slots, config.D)  # [k, N D]
     vectors = vectors[:, ::-1][:, : len(places)]  # [48, k]
-    if not quantizer.learns:  # a fixed grid: two standard deviations reach to its edge, 1
+    if not quantizer.learns:  # a fixed grid: two standard deviations become 1, by tanh .76
         places = places / (2 * (rows @ vectors).std(0)[:, None] + 1e-3)
 
     z_e = jnp.asarray(patches @ np.float32(vectors @ places))  # [n, h, w, N D]
@@ -344,7 +344,7 @@ def waterfill(variance, bits):
     """Reverse water-filling: how many of `bits` each Gaussian of these variances gets."""
     power = np.log2(np.maximum(variance, 1e-9))
     total = np.sort(power)[::-1].cumsum()  # of the k strongest, k = 1, 2, ...
-    level = ((total - 2 * bits) / np.arange(1, len(power) + 1)).max()  # largest for the right k
+    level = ((total - 2 * bits) / np.arange(1, len(power) + 1)).max()  # highest for the right k
     return np.maximum(0, 0.5 * (power - level))
 
 

@@ -103,7 +103,7 @@ def quantize(z_e, codebook, search=lookup, gradient=straight_through, extra_loss
     e = embed(codes, codebook)
     codebook_loss = jnp.mean((sg(z_e) - e) ** 2)
     commitment_loss = jnp.mean((z_e - sg(e)) ** 2)
-    extra = extra_loss(z_e, sg(codebook))  # a fixed one is a parameter too, and Adam would move it
+    extra = extra_loss(z_e, sg(codebook))  # sg: Adam would move a fixed one
     return Quantized(gradient(z_e, e), codes, codebook_loss, commitment_loss, extra)
 
 
@@ -139,9 +139,9 @@ class EMA(NamedTuple):
 def ema_init(codebook):
     """Every count 1 and every sum its code: a code that is never used then stays where it is.
 
-    (From count 0 the first batch that uses a code would throw it far out, as its old sum would be
-    divided by the few new counts; from sum 0 it would jump onto the mean of that one batch.) The
-    sum is a copy, as train.py donates its state, in which no buffer may be twice.
+    (From count 0 the first batch that uses a code would throw it far out: its old sum divided by a
+    few new counts. From count and sum 0 it would jump onto the mean of that one batch.) The sum is
+    a copy, as train.py donates its state, in which no buffer may be twice.
     """
     return EMA(count=jnp.ones(codebook.shape[:2]), total=codebook + 0.0)
 
@@ -164,13 +164,13 @@ def ema_update(ema, codebook, z_e, codes, gamma):
     return EMA(count, total), jnp.where(seen, mean, codebook)
 
 
-def restart(key, ema, codebook, z_e, threshold):
-    """Move codes whose running count is below `threshold` onto random encoder outputs z_e.
+def restart(key, ema, codebook, z_e, part):
+    """Move codes that are used less than `part` of the mean use onto random encoder outputs z_e.
 
-    -> EMA, codebook [S, K, D]. Vector, sum and count (now 1) move together, or the code would go
-    back at once.
+    -> EMA, codebook [S, K, D]. Use is the running count; its mean is B h w N / (S K). Vector, sum
+    and count (now 1) move together, or the code would go back at once.
     """
-    dead = ema.count < threshold  # [S, K]
+    dead = ema.count < part * z_e[..., 0].size / ema.count.size  # [S, K]
     fresh = random_outputs(key, z_e, *dead.shape)
     count = jnp.where(dead, 1.0, ema.count)
     total = jnp.where(dead[..., None], fresh, ema.total)
@@ -201,7 +201,7 @@ def kmeans(key, z_e, S, K, rounds=3):
     def one_round(key, codebook, z_e):
         codes = lookup_here(z_e, codebook)
         ema, codebook = ema_update(ema_init(codebook), codebook, z_e, codes, 0.0)
-        return restart(key, ema, codebook, z_e, 0.5)[1]
+        return restart(key, ema, codebook, z_e, 1e-6)[1]
 
     codebook = jax.jit(random_outputs, static_argnums=(2, 3))(key, z_e, S, K)
     for i in range(rounds):
@@ -267,8 +267,8 @@ def rotation(z_e, e):
 
 
 # Finite scalar quantisation, Mentzer et al. 2023 (arXiv 2309.15505): the codebook is a fixed grid
-# of K = L^D points in (-1, 1)^D, and tanh bounds z_e. Unlike there, L is one for all dimensions
-# and all L cells are equally wide. That paper has no commitment loss: `--beta 0` leaves it out.
+# of K = L^D points in (-1, 1)^D, and tanh bounds z_e. Unlike there, all dimensions have the same
+# L, and its cells are equally wide. That paper has no commitment loss: `--beta 0` leaves it out.
 
 
 def fsq_levels(K, D):

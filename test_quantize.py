@@ -202,9 +202,10 @@ def test_gradients_and_losses_by_hand(S):
 def test_restart_moves_vector_sum_and_count(S):
     """Guard 12: onto outputs of their own slot, where they stay at the next step; others stay."""
     z_e, codebook = latents(S=S, B=8)
-    count, dead = jnp.tile(jnp.array([5, 0.001, 4, 4, 4, 0, 9]), (S, 1)), np.array([1, 5])
+    count, dead = jnp.tile(jnp.array([5, 2.0, 4, 4, 4, 0, 9]), (S, 1)), np.array([1, 5])
     ema = quantize.EMA(count, codebook * count[..., None])
-    after, e = jax.jit(quantize.restart)(jax.random.key(0), ema, codebook, z_e, 0.05)
+    part = 3 / (z_e[..., 0].size / (S * 7))  # those used less than 3 times
+    after, e = jax.jit(quantize.restart)(jax.random.key(0), ema, codebook, z_e, part)
     equal(after.count, count.at[:, dead].set(1))
     equal(after.total, ema.total.at[:, dead].set(e[:, dead]))
     equal(e, codebook.at[:, dead].set(e[:, dead]))
@@ -1116,8 +1117,8 @@ def test_the_photograph_and_val(monkeypatch):
 
 def test_a_folder_of_pictures(tmp_path):
     """All of the sub-folders in one mixed order, a tenth for the test; else is passed over."""
-    random_pictures(tmp_path / "b", 7)
-    random_pictures(tmp_path / "a", 14)
+    for name, n in (("b", 7), ("a", 14), (".thumbnails", 3)):
+        random_pictures(tmp_path / name, n)
     for name in ("notes.txt", ".hidden.png", "a/Thumbs.db"):
         (tmp_path / name).write_text("no picture")
     dataset = load("folder", tmp_path)
@@ -1175,7 +1176,7 @@ def test_the_step_of_a_gpu_can_be_compiled_for_one(monkeypatch):
     """Exported from here as CUDA would get it: a loop over steps, bfloat16, no option of a CPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert train.compiler_options() == {}
-    flags = [*TINY_FLAGS, "--dtype=bfloat16", "--codebook=ema", "--restart=0.25", "--flip"]
+    flags = [*TINY_FLAGS, "--dtype=bfloat16", "--codebook=ema", "--restart=0.1", "--flip"]
     config = train.Config(**train.parse(flags)[2])
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: train.new_vqvae(config)))
     launch = train.make_launch(train.make_train_step(config, 0.06), tree)

@@ -96,7 +96,7 @@ def make_train_step(config, variance):
         bits = nll / math.log(2) + uniform_bits(config, q.codes)
         counts = quantize.usage(q.codes, *model.codebook.shape[:2])
         return TrainState(state.step + 1, model, opt, ema), {
-            # nmse: of means that are not clipped to 0..255, as they are in evaluate.
+            # nmse: here the means are not clipped to 0..255; evaluate clips them.
             **({"bits_per_dim": bits} if is_log_prob else {"nmse": nll}),
             "perplexity": jnp.exp(jnp.log(quantize.perplexity(counts)).mean()),  # as in evaluate
             "commitment_loss": q.commitment_loss,  # the codebook loss is the same number
@@ -175,12 +175,12 @@ def train(config, train_step, begin, examples, out):
             if count not in compiled:
                 begun = time.monotonic()
                 compiled[count] = launch.lower(leaves, examples, index).compile()
-                clock += time.monotonic() - begun  # off the clock
+                clock += time.monotonic() - begun  # compiling does not count
             leaves, metrics = compiled[count](leaves, examples, index)
             waiting.append(metrics)
             step += count
 
-            stopping = bool(caught)  # read once: a later signal waits for the next round
+            stopping = bool(caught)  # read once: a later one is seen in the next round
             due = time.monotonic() > saved + 60 * config.checkpoint_minutes
             if step % config.log_every and step < config.steps and not due and not stopping:
                 continue
@@ -232,8 +232,7 @@ def compiler_options():
 def placements(config):
     """How arrays lie on the devices: whole on each, or [count, batch] split over the batch."""
     devices = jax.devices()[: math.gcd(config.batch, jax.device_count())]
-    axis = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((len(devices),), ("batch",), (axis,), devices=devices)
+    mesh = jax.sharding.Mesh(devices, "batch")
     return jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P(None, "batch"))
 
 
@@ -320,9 +319,9 @@ def unigram_bits(config, training, codes):
 
 
 def in_batches(function, model, examples, text):
-    """function(model, examples) in pieces, joined: [n, ...]. text: of the bar.
+    """function(model, examples) in pieces, joined: [n, ...]. text: what the bar says.
 
-    A piece is of EVAL_BATCH images of 32 x 32 (or codes), and of fewer that are larger.
+    A piece has EVAL_BATCH images of 32 x 32 (or fields of codes), and fewer if they are larger.
     """
     function = jax.jit(function, compiler_options=compiler_options())
     together = max(1, EVAL_BATCH * 3072 // max(3072, examples[0].size))
@@ -470,7 +469,7 @@ class Run:
 # What each preset has other than the defaults, which are those of `paper`.
 FAST = {
     "hidden": 128, "residual": 96, "D": 8, "likelihood": "logistic", "init": "pca",
-    "codebook": "ema", "restart": 0.25, "beta": 40.0, "lr": 7e-4, "clip": 10.0, "warmup": 100,
+    "codebook": "ema", "restart": 0.125, "beta": 40.0, "lr": 7e-4, "clip": 10.0, "warmup": 100,
     "decay": 0.7, "batch": 16, "steps": 14_000, "flip": True,
 }  # fmt: skip
 PRESETS = {
@@ -509,7 +508,7 @@ class Config(Run):
     gradient: str = flag("straight-through", "from z_q to z_e", choices=[*quantize.GRADIENTS])
     codebook: str = flag("gradient", "learns by its loss or EMA", choices=["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", 0, 1 - 1e-9)
-    restart: float = flag(0.0, "EMA: a code used less a batch than this moves (0: none)", 0, 1)
+    restart: float = flag(0.0, "EMA: codes used less than this part of the mean move", 0, 1)
     beta: float = flag(0.25, "weight of the commitment loss")
 
 
@@ -533,7 +532,8 @@ PUBLISHED = {("cifar10", "bits_per_dim", 10): 4.67, ("cifar10", "nmse", 1): 0.05
 def check(config):
     """The same settings; ends the program, naming the flag, where they make no sense."""
     for f in dataclasses.fields(config):
-        value, (low, high), choices = getattr(config, f.name), *[*f.metadata.values()][1:]
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        low, high = f.metadata["range"]
         wanted = f"one of {', '.join(choices)}" if choices else f"{low:g} to {high:g}"
         fits = value in choices if choices else f.type is str or low <= value <= high  # not nan
         if type(value) is not f.type or not fits:
@@ -550,7 +550,7 @@ def wrong_together(c):
         return [("--width must be a multiple of --heads", c.width % c.heads)]
     quantizer, ema = quantize.QUANTIZERS[c.quantizer], c.codebook == "ema"
     has_start = NETS[c.net][2] and LIKELIHOODS[c.likelihood].start and c.hidden >= MIN_HIDDEN
-    needs_ema = "--restart and --gamma need --codebook ema: else give --restart 0"
+    needs_ema = "--restart and --gamma need --codebook ema: else leave them out or at 0 and .99"
     needs = f"--init pca needs --hidden {MIN_HIDDEN} or more, a net and a likelihood that it fits"
     return [
         (quantizer.wrong_sizes(c.K, c.D), quantizer.wrong_sizes(c.K, c.D)),
@@ -638,7 +638,7 @@ def survive(write, *inputs):
     try:
         write(*inputs)
     except Exception as error:  # noqa: BLE001 (matplotlib has its own)
-        say(f"{write.__name__} failed ({error!r}); the run goes on")
+        say(f"{write.__name__} failed ({error!r}) and wrote nothing; the rest goes on")
 
 
 # Pictures
@@ -739,9 +739,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(usage=usage, description=text, allow_abbrev=False)
     if verb:
         parser.add_argument("run", metavar="RUN", type=lambda run: Path(run).expanduser())
-    for f in dataclasses.fields(PriorConfig if verb else Config):
-        if names and f.name not in names:
-            continue
+    fields = dataclasses.fields(PriorConfig if verb else Config)
+    for f in (f for f in fields if not names or f.name in names):
         typed = {"type": f.type, "choices": f.metadata["choices"] or None}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else typed
         changed = [f"{name}: {diff[f.name]}" for name, diff in PRESETS.items() if f.name in diff]
@@ -808,7 +807,7 @@ PINNED = {"enable_x64": False, "disable_jit": False, "debug_nans": False, "debug
 
 
 def pin():
-    """Set aside what a shell may export for JAX that changes the numbers of a run, or ends it."""
+    """Set aside these six, which a shell may export and which change a run's numbers, or end it."""
     for name, value in PINNED.items():
         if jax.config.values[f"jax_{name}"] != value:
             say(f"JAX_{name.upper()} is set aside in this program")
@@ -832,6 +831,6 @@ def keep_memory():
 if __name__ == "__main__":
     keep_memory()
     pin()
-    # Ctrl-C outside of training ends at once, as XLA may be computing; it shows the hidden cursor.
+    # Ctrl-C outside of training ends at once: Python would wait for XLA. The code shows the cursor.
     signal.signal(signal.SIGINT, lambda *_: say("\n\033[?25hstopped; see resume") or os._exit(1))
     main()
