@@ -768,6 +768,7 @@ def test_the_program_from_beginning_to_end(finished, tmp_path, capsys):
     assert {"device", "versions", "date"} <= set(result)
     assert [line["step"] for line in read(made / "log.jsonl")] == [3, 5, 6]
 
+    (made / "log.jsonl").unlink()  # the model's file has it too
     run(tmp_path, "eval", made)
     again = read(made / "eval.json")
     for name in ("bits_per_dim", "bits_per_dim_unigram", "mse", "perplexity", "codes_used"):
@@ -785,8 +786,7 @@ def test_the_program_from_beginning_to_end(finished, tmp_path, capsys):
     assert before == {file: after[file] for file in before}  # nothing is overwritten
     samples = {f"samples-count{n}-seed3-temperature1.png" for n in (4, 9)}
     assert {file.name for file in set(after) - set(before)} == samples
-    drawn = "result", "prior/samples", "prior/samples-count9-seed3-temperature1"
-    for name in drawn:
+    for name in ("result", "prior/samples", "prior/samples-count9-seed3-temperature1"):
         assert np.asarray(Image.open(made / f"{name}.png")).std() > 1
     assert not list(tmp_path.rglob(".*"))
 
