@@ -109,7 +109,7 @@ def read_pictures(folder, size):
 
     known, images = Image.registered_extensions(), []
     names = [f.relative_to(folder) for f in folder.rglob("*") if f.suffix.lower() in known]
-    names = [name for name in names if "/." not in f"/{name}"]  # nor in a hidden folder
+    names = [name for name in names if "/." not in f"/{name}"]  # nor in hidden folders
     if not names:
         raise SystemExit(f"no pictures in {folder}: name a folder of them with --data_dir")
     names.sort(key=lambda name: np.random.default_rng([*os.fsencode(name)]).random())

@@ -550,7 +550,7 @@ def wrong_together(c):
         return [("--width must be a multiple of --heads", c.width % c.heads)]
     quantizer, ema = quantize.QUANTIZERS[c.quantizer], c.codebook == "ema"
     has_start = NETS[c.net][2] and LIKELIHOODS[c.likelihood].start and c.hidden >= MIN_HIDDEN
-    needs_ema = "--restart and --gamma need --codebook ema: else leave them out or at 0 and .99"
+    needs_ema = "--restart and --gamma need --codebook ema: else give --restart 0 and no --gamma"
     needs = f"--init pca needs --hidden {MIN_HIDDEN} or more, a net and a likelihood that it fits"
     return [
         (quantizer.wrong_sizes(c.K, c.D), quantizer.wrong_sizes(c.K, c.D)),
@@ -638,7 +638,7 @@ def survive(write, *inputs):
     try:
         write(*inputs)
     except Exception as error:  # noqa: BLE001 (matplotlib has its own)
-        say(f"{write.__name__} failed ({error!r}) and wrote nothing; the rest goes on")
+        say(f"{write.__name__} failed ({error!r}); the rest goes on")
 
 
 # Pictures
