@@ -57,12 +57,12 @@ MIRRORS = (
 def cifar10(folder, size):
     """CIFAR-10's train [50000, 32, 32, 3] and test images [10000, 32, 32, 3]; fetched if need be.
 
-    They are kept as one cifar10.npz in the folder, so that the next start imports no torch. A
+    They are kept in cifar10-arrays.npz in the folder, so that the next start imports no torch. A
     folder that cannot be written to will do.
     """
     if size != 32:
         raise SystemExit("--dataset cifar10 is 32x32: leave --size out, or give --dataset folder")
-    cache = folder / "cifar10.npz"
+    cache = folder / "cifar10-arrays.npz"
     with contextlib.suppress(Exception), np.load(cache) as arrays:  # not there, or damaged
         return arrays["train"], arrays["test"], "CIFAR-10"
     train, test = read_batches(folder)

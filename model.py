@@ -10,7 +10,7 @@
 The letters are those of quantize.py; h = H / 4, w = W / 4, features = N D. `outputs` [B, H, W,
 Likelihood.outputs] holds what the likelihood asks for at each pixel. Parameters, quantiser and
 `outputs` are float32; `dtype` is that of the activations between. Networks are flax.nnx modules,
-which are pytrees: a whole model goes through jax.jit, jax.grad and optax as it is.
+which are pytrees: jax.jit, jax.grad and optax take a whole model; `p[...]` is a parameter's array.
 """
 
 import functools
@@ -203,8 +203,8 @@ NETS = {"paper": (Encoder, Decoder, True), "deepmind": (Encoder, Decoder, True)}
 
 
 # Likelihoods: outputs [B, H, W, outputs], images uint8 [B, H, W, 3] and the variance of the
-# training pixels in [0, 1] -> the loss of each colour value and a reconstruction in grey levels,
-# both float32 [B, H, W, 3].
+# training pixels in [0, 1] -> the loss of each colour value, and a reconstruction in grey levels,
+# of `outputs` alone: both float32 [B, H, W, 3].
 
 GREY = 16.0  # grey levels: the unit of means and scales, in `logistic` and in the start
 

@@ -12,7 +12,7 @@ Letters, here and in the other files (a code is a vector e_j; an array `codes` h
     H, W, C  height and width of an image or of a layer's input, and its channels
     h, w     height and width of the latent field, 8 x 8 for images of 32 x 32
     N        slots: latents at one position (the paper's N, in section 3.2, counts all positions)
-    K, D     codes in a codebook, and the length of a code
+    K, D     codes in a codebook, and numbers in a code
     S        codebooks: N (one for each slot) or 1 (shared by all slots)
     z_e      encoder output               [B, h, w, N, D]
     codebook the vectors e_j              [S, K, D]
@@ -73,7 +73,7 @@ def book_of_slot(N, S):
 def straight_through(z_e, e):
     """z_q: the value e; its gradient goes to z_e unchanged (section 3.2) and none goes to e.
 
-    All are [B, h, w, N, D]. (The value is exactly e, where z_e + sg[e - z_e] would round.)
+    All are [B, h, w, N, D]. (The value is exactly e; the usual z_e + sg[e - z_e] rounds it.)
     """
     return sg(e) + (z_e - sg(z_e))
 
@@ -103,7 +103,7 @@ def quantize(z_e, codebook, search=lookup, gradient=straight_through, extra_loss
     e = embed(codes, codebook)
     codebook_loss = jnp.mean((sg(z_e) - e) ** 2)
     commitment_loss = jnp.mean((z_e - sg(e)) ** 2)
-    extra = extra_loss(z_e, sg(codebook))  # sg: Adam would move a fixed one
+    extra = extra_loss(z_e, sg(codebook))  # sg: or Adam moves FSQ's fixed grid
     return Quantized(gradient(z_e, e), codes, codebook_loss, commitment_loss, extra)
 
 
@@ -168,9 +168,10 @@ def restart(key, ema, codebook, z_e, part):
     """Move codes that are used less than `part` of the mean use onto random encoder outputs z_e.
 
     -> EMA, codebook [S, K, D]. Use is the running count; its mean is B h w N / (S K). Vector, sum
-    and count (now 1) move together, or the code would go back at once.
+    and count (now 1) move together, or the code would go back at once. Above a count of 1/2 none
+    moves: in a large batch it would move again before it could be used.
     """
-    dead = ema.count < part * z_e[..., 0].size / ema.count.size  # [S, K]
+    dead = ema.count < jnp.minimum(part * z_e[..., 0].size / ema.count.size, 0.5)  # [S, K]
     fresh = random_outputs(key, z_e, *dead.shape)
     count = jnp.where(dead, 1.0, ema.count)
     total = jnp.where(dead[..., None], fresh, ema.total)

@@ -202,9 +202,9 @@ def test_gradients_and_losses_by_hand(S):
 def test_restart_moves_vector_sum_and_count(S):
     """Guard 12: onto outputs of their own slot, where they stay at the next step; others stay."""
     z_e, codebook = latents(S=S, B=8)
-    count, dead = jnp.tile(jnp.array([5, 2.0, 4, 4, 4, 0, 9]), (S, 1)), np.array([1, 5])
+    count, dead = jnp.tile(jnp.array([5, 0.2, 4, 4, 4, 0, 9]), (S, 1)), np.array([1, 5])
     ema = quantize.EMA(count, codebook * count[..., None])
-    part = 3 / (z_e[..., 0].size / (S * 7))  # those used less than 3 times
+    part = 0.3 / (z_e[..., 0].size / (S * 7))  # those used less than .3 times
     after, e = jax.jit(quantize.restart)(jax.random.key(0), ema, codebook, z_e, part)
     equal(after.count, count.at[:, dead].set(1))
     equal(after.total, ema.total.at[:, dead].set(e[:, dead]))
@@ -213,11 +213,11 @@ def test_restart_moves_vector_sum_and_count(S):
     assert draw(jax.random.key(0), z_e, S, 999).shape == (S, 999, 4)
     for book, drawn in enumerate(np.asarray(draw(jax.random.key(1), z_e, S, 20))):
         pool = np.asarray(z_e)[..., book::S, :].reshape(-1, 4)
-        both = np.vstack([drawn, e[book, dead]])
-        assert (pool == both[:, None]).all(-1).any(-1).all()
+        assert (pool == np.vstack([drawn, e[book, dead]])[:, None]).all(-1).any(-1).all()
         assert len(np.unique(drawn, axis=0)) == 20  # no output twice
     codes = jnp.zeros(z_e.shape[:-1], jnp.int32)  # nobody uses codes 1 and 5
     close(quantize.ema_update(after, e, z_e, codes, 0.99)[1][:, dead], e[:, dead], rtol=1e-5)
+    equal(quantize.restart(jax.random.key(2), after, e, z_e, 1.0)[1], e)  # nor does one move twice
 
 
 def test_perplexity_init_and_kmeans():
@@ -1085,7 +1085,7 @@ def test_cifar10(cifar, monkeypatch):
     """Read once, then from a cache without torch, mended where it is damaged, left out where it
     cannot be written; a damaged batch and no network are one sentence.
     """
-    cache, batches = cifar / "cifar10.npz", cifar / "cifar-10-batches-py"
+    cache, batches = cifar / "cifar10-arrays.npz", cifar / "cifar-10-batches-py"
     for damage in (b"", b"PK\3\4 nothing"):
         cache.write_bytes(damage)
         holds_cifar(cifar)

@@ -1,7 +1,7 @@
 """Trains, measures and samples a VQ-VAE (van den Oord et al. 2017) on CIFAR-10.
 
     python train.py                      preset `fast` on a CPU, `full` on a GPU
-    python train.py --preset paper       section 4.1's setting; published: 4.67 bits/dim
+    python train.py --preset paper       section 4.1's setting, not yet run to its end
     python train.py resume runs/fast-1   go on with a run that was stopped
     python train.py eval runs/fast-1     measure a finished run again
     python train.py prior runs/fast-1    train a prior over its codes, and draw samples
@@ -46,7 +46,7 @@ import quantize
 from data import atomic, bar, say
 from model import LIKELIHOODS, MIN_HIDDEN, NETS, VQVAE, Prior, pca_start, sample_codes
 
-# Numbers of images: of training, for the unigram prior; measured at once; shown.
+# How many training images the unigram prior counts, how many are measured at once, how many shown.
 UNIGRAM_IMAGES, EVAL_BATCH, PICTURES = 10_000, 100, 16
 SHOWN = ["bits_per_dim", "nmse", "code_bits_per_dim_prior", "perplexity"]  # of a line of the log
 
@@ -96,7 +96,7 @@ def make_train_step(config, variance):
         bits = nll / math.log(2) + uniform_bits(config, q.codes)
         counts = quantize.usage(q.codes, *model.codebook.shape[:2])
         return TrainState(state.step + 1, model, opt, ema), {
-            # nmse: here the means are not clipped to 0..255; evaluate clips them.
+            # nmse: here the means are not clipped to 0..255; the reconstruction of evaluate is.
             **({"bits_per_dim": bits} if is_log_prob else {"nmse": nll}),
             "perplexity": jnp.exp(jnp.log(quantize.perplexity(counts)).mean()),  # as in evaluate
             "commitment_loss": q.commitment_loss,  # the codebook loss is the same number
@@ -395,6 +395,7 @@ def run_prior(config, run, out=None):
     codes = in_batches(VQVAE.to_codes, model, images, f"encoding {len(images):,} images")
     begin = functools.partial(new_prior, config, vqvae)
     prior, log = train(config, make_prior_step(config, model), begin, codes, out)
+    report(config, model, dataset, log, revision, out / "result.json", prior)
     # Beside its samples, each slot drawn by its own frequency among 512 training images.
     rng, few = np.random.default_rng(0), codes[:512].reshape(-1, vqvae.slots)
     alone = [rng.choice(few[:, n], (8, *field(vqvae)[:2])) for n in range(vqvae.slots)]
@@ -402,15 +403,13 @@ def run_prior(config, run, out=None):
     parts["unigram prior"] = in_batches(VQVAE.to_images, model, np.stack(alone, -1), "decoding")
     title = f"{dataset.title}, preset {vqvae.preset}, temperature {config.temperature:g}"
     survive(draw, out / "samples.png", parts, 8, title)
-    report(config, model, dataset, log, revision, out / "result.json", prior)
 
 
 def new_prior(config, vqvae, codes=None):
     """TrainState of a prior before step 1: the unigram prior of `codes` [n, h, w, N]."""
     model = build(config, vqvae)
     if codes is not None:
-        counts = 1.0 + quantize.usage(codes, vqvae.slots, vqvae.K)  # [N, K]
-        model.bias[...] = jnp.log(counts / counts.sum(1, keepdims=True))
+        model.bias[...] = jnp.log(1.0 + quantize.usage(codes, vqvae.slots, vqvae.K))  # [N, K]
     return TrainState(jnp.int32(0), model, jax.jit(make_optimizer(config).init)(model), ())
 
 
@@ -492,7 +491,7 @@ class Config(Run):
     out: str = flag("", "folder of the run, else runs/PRESET-1, -2, ...")
     dataset: str = flag("cifar10", "images to train on", choices=[*data.DATASETS])
     size: int = flag(32, "height and width of an image, a multiple of 4", 4, 1024)
-    val: bool = flag(False, "measure on the last tenth of the training images, held out")
+    val: bool = flag(False, "hold out a tenth of training, to measure on (as --init RUN must)")
     flip: bool = flag(False, "mirror half of the training images")
     net: str = flag("paper", "section 4.1's networks or DeepMind's example's", choices=[*NETS])
     hidden: int = flag(256, "channels of the networks", 2, 8192)
@@ -500,10 +499,10 @@ class Config(Run):
     blocks: int = flag(2, "residual blocks on each side", 0, 100)
     slots: int = flag(10, "N, latents at each position of the field", 1, 1024)
     K: int = flag(512, "codes in a codebook", 2, 65536)
-    D: int = flag(64, "length of a code", 1, 4096)
+    D: int = flag(64, "numbers in a code", 1, 4096)
     shared: bool = flag(False, "one codebook for all slots instead of one each")
     likelihood: str = flag("categorical", "p(x | z_q)", choices=[*LIKELIHOODS])
-    init: str = flag("random", "random; data: codes of z_e; pca: all; RUN: a run's weights")
+    init: str = flag("random", "random; data: codes of z_e; pca: patches; RUN: its weights")
     quantizer: str = flag("vq", "how z_e becomes codes", choices=[*quantize.QUANTIZERS])
     gradient: str = flag("straight-through", "from z_q to z_e", choices=[*quantize.GRADIENTS])
     codebook: str = flag("gradient", "learns by its loss or EMA", choices=["gradient", "ema"])
@@ -787,8 +786,8 @@ def evaluate_run(run, flags):
     """The verb `eval`: eval.json and eval.png of a finished run, its prior included."""
     config, model = load(run)
     prior = load(run / "prior")[1] if (run / "prior" / "params.msgpack").exists() else None
-    dataset = data.load(dataclasses.replace(config, **flags))
-    log = read_arrays(run / "params.msgpack", lambda: model)[1]
+    config = dataclasses.replace(config, **flags)
+    dataset, log = data.load(config), read_arrays(run / "params.msgpack", lambda: model)[1]
     report(config, model, dataset, log, commit(), run / "eval.json", prior)
 
 
