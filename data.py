@@ -137,8 +137,8 @@ def photo(_, size):
     return *(x.reshape(-1, size, size, 3) for x in (train, test)), "photo (not CIFAR-10)"
 
 
-# name -> function of the data folder and the size, to train and test images, each in mixed order,
-# and a title
+# name -> function of the data folder and the size, to train and test images and a title. The images
+# are to be in mixed order (photo's are not): `val` and the unigram prior take a stretch of them.
 DATASETS = {"cifar10": cifar10, "folder": folder, "photo": photo}
 
 

@@ -93,15 +93,12 @@ class VQVAE(nnx.Module):
 
     def __init__(self, config, dtype, rngs):
         self.config, self.dtype, (encoder, decoder, _) = config, dtype, NETS[config.net]
+        self.quantizer = quantize.QUANTIZERS[config.quantizer]
         features, outputs = config.slots * config.D, LIKELIHOODS[config.likelihood].outputs
         self.encoder = encoder(config, features, dtype, rngs)
         self.decoder = decoder(config, features, outputs, dtype, rngs)
         books = 1 if config.shared else config.slots
         self.codebook = nnx.Param(self.quantizer.start(rngs.params(), books, config.K, config.D))
-
-    @property
-    def quantizer(self):
-        return quantize.QUANTIZERS[self.config.quantizer]
 
     def __call__(self, images):
         """images uint8 [B, H, W, 3] -> outputs [B, H, W, outputs], z_e, Quantized."""
@@ -178,7 +175,7 @@ def up(x, kernel):
 
 
 def up_gradients(saved, gradient):
-    """The gradients of `up` by x and kernel; `gradient` is that by its result [B, 2H, 2W, C].
+    """The gradients of a loss by x and kernel of `up`, from that by its result [B, 2H, 2W, C].
 
     `up` is linear in both, and <up(x, kernel), g> = <x, down(g, kernel)>: by x it is down(g,
     kernel), by kernel the gradient of <x, down(g, kernel)>.
@@ -375,11 +372,14 @@ def write_encoder(encoder, vectors, places, shift):
 
 
 def write_decoder(decoder, vectors, inverse, weights, bias):
-    """Coefficients, as pairs -> values of 2x2 blocks, as pairs -> outputs."""
+    """Coefficients, as pairs -> values of 2x2 blocks, as pairs -> outputs.
+
+    [::-1, ::-1]: the kernels of flax's ConvTranspose run against the pixels that they write.
+    """
     write_kernel(decoder.from_z, pairs(inverse)[None, None])
-    write_kernel(decoder.up, pairs(pairs(split_rows(vectors).swapaxes(2, 3), 2)))
-    pixels = np.eye(12).reshape(12, 2, 2, 3).transpose(1, 2, 0, 3)  # [2, 2, 12, 3]
-    write_kernel(decoder.up_again, pairs(pixels, 2) @ weights, bias)
+    write_kernel(decoder.up, pairs(pairs(split_rows(vectors).swapaxes(2, 3), 2))[::-1, ::-1])
+    pixels = np.eye(12).reshape(2, 2, 3, 12).swapaxes(2, 3)  # [2, 2, 12, 3]
+    write_kernel(decoder.up_again, (pairs(pixels, 2) @ weights)[::-1, ::-1], bias)
 
 
 def split_rows(rows):
@@ -398,8 +398,6 @@ def write_kernel(conv, block, bias=0.0):
     Those outputs then read the first `inputs` channels alone, in the middle t x t.
     """
     t, _, inputs, outputs = block.shape
-    if isinstance(conv, Up):  # whose kernel runs against the pixels that it writes
-        block = block[::-1, ::-1]
     own = slice((conv.kernel.shape[0] - t) // 2, (conv.kernel.shape[0] + t) // 2)
     kernel = conv.kernel[...].at[..., :outputs].set(0)
     conv.kernel[...] = kernel.at[own, own, :inputs, :outputs].set(block)
@@ -422,7 +420,7 @@ class Prior(nnx.Module):
     """
 
     def __init__(self, config, field, K, D, dtype, rngs):
-        self.config, self.dtype, (h, w, N), width = config, dtype, field, config.width
+        self.dtype, (h, w, N), width = dtype, field, config.width
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.neighbours = linear(4 * N * D, width)
         self.row = nnx.Param(0.02 * jax.random.normal(rngs.params(), (h, 1, width)))
@@ -512,7 +510,7 @@ def code_features(codebook, N):
 
 def product_pairs(D):
     """Dimensions i, j whose products are features: all pairs up to D = 8, above i = j alone."""
-    return np.triu_indices(D) if D <= 8 else (np.arange(D), np.arange(D))
+    return np.triu_indices(D) if D <= 8 else np.diag_indices(D)
 
 
 def neighbours(x):
@@ -534,19 +532,20 @@ def sample_codes(prior, codebook, key, shape, temperature=1.0, track=lambda step
     wraps the range of positions, to show how far it is.
     """
     w, N = shape[2:]
-    context = jax.jit(lambda prior, codes: prior.context(codes, codebook))
 
     @jax.jit
-    def draw(prior, x, key):  # x [B, 1, width] -> the codes of its position [B, N]
+    def draw(prior, codes, t):  # -> the codes of position t [B, N]
+        x = prior.context(codes, codebook)[:, t, None]  # [B, 1, width]
+        key_t = jax.random.fold_in(key, t)
+
         def draw_slot(n, here):  # slots after n are still 0, and n does not see them
             logits = prior.head(x, here, codebook)[:, 0, n]
-            drawn = jax.random.categorical(jax.random.fold_in(key, n), logits / temperature)
+            drawn = jax.random.categorical(jax.random.fold_in(key_t, n), logits / temperature)
             return here.at[:, 0, n].set(drawn)
 
         return jax.lax.fori_loop(0, N, draw_slot, jnp.zeros((len(x), 1, N), jnp.int32))[:, 0]
 
     codes = jnp.zeros(shape, jnp.int32)
     for t in track(range(shape[1] * w)):
-        x = context(prior, codes)[:, t : t + 1]
-        codes = codes.at[:, t // w, t % w].set(draw(prior, x, jax.random.fold_in(key, t)))
+        codes = codes.at[:, t // w, t % w].set(draw(prior, codes, t))
     return codes

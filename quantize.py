@@ -160,16 +160,15 @@ def ema_update(ema, codebook, z_e, codes, gamma):
     count = gamma * ema.count + (1 - gamma) * usage(codes, S, K)
     total = gamma * ema.total + (1 - gamma) * batch_total
     seen = count[..., None] > 1e-10  # below this the quotient is nearly 0 / 0: leave the code alone
-    mean = total / jnp.where(seen, count[..., None], 1.0)
-    return EMA(count, total), jnp.where(seen, mean, codebook)
+    return EMA(count, total), jnp.where(seen, total / count[..., None], codebook)
 
 
 def restart(key, ema, codebook, z_e, part):
     """Move codes that are used less than `part` of the mean use onto random encoder outputs z_e.
 
     -> EMA, codebook [S, K, D]. Use is the running count; its mean is B h w N / (S K). Vector, sum
-    and count (now 1) move together, or the code would go back at once. Above a count of 1/2 none
-    moves: in a large batch it would move again before it could be used.
+    and count (now 1) move together, or the code would go back at once. None moves whose count is
+    above 1/2: with a large batch `part` of the mean is above 1, and it would move at every step.
     """
     dead = ema.count < jnp.minimum(part * z_e[..., 0].size / ema.count.size, 0.5)  # [S, K]
     fresh = random_outputs(key, z_e, *dead.shape)
@@ -191,6 +190,7 @@ def random_outputs(key, z_e, S, K):
     return jax.vmap(lambda z, i: z[i])(outputs, place.astype(int))
 
 
+@jax.jit(static_argnames=("S", "K", "rounds"))
 def kmeans(key, z_e, S, K, rounds=3):
     """Codebooks [S, K, D] by k-means of z_e [n, h, w, N, D].
 
@@ -198,16 +198,12 @@ def kmeans(key, z_e, S, K, rounds=3):
     codes without vectors onto random ones.
     """
 
-    @jax.jit
-    def one_round(key, codebook, z_e):
+    def one_round(i, codebook):
         codes = lookup_here(z_e, codebook)
         ema, codebook = ema_update(ema_init(codebook), codebook, z_e, codes, 0.0)
-        return restart(key, ema, codebook, z_e, 1e-6)[1]
+        return restart(jax.random.fold_in(key, i), ema, codebook, z_e, 1e-6)[1]
 
-    codebook = jax.jit(random_outputs, static_argnums=(2, 3))(key, z_e, S, K)
-    for i in range(rounds):
-        codebook = one_round(jax.random.fold_in(key, i), codebook, z_e)
-    return codebook
+    return jax.lax.fori_loop(0, rounds, one_round, random_outputs(key, z_e, S, K))
 
 
 # The same lookup in a form that is fast on a CPU, where jnp.argmin does not vectorise
@@ -264,7 +260,7 @@ def rotation(z_e, e):
     r = (u + v) / (jnp.linalg.norm(u + v, axis=-1, keepdims=True) + 1e-6)
     turned = z_e - 2 * jnp.sum(z_e * r, -1, keepdims=True) * r
     turned = e_length / z_length * (turned + 2 * jnp.sum(z_e * v, -1, keepdims=True) * u)
-    return sg(e) + (turned - sg(turned))
+    return straight_through(turned, e)
 
 
 # Finite scalar quantisation, Mentzer et al. 2023 (arXiv 2309.15505): the codebook is a fixed grid
@@ -297,7 +293,7 @@ class Quantizer(NamedTuple):
     search: Callable = lookup_here  # z_e, codebook -> codes, each near the z_e of its slot
     start: Callable = init_codebook  # key, S, K, D -> codebook [S, K, D]
     bound: Callable = lambda z_e, codebook: z_e  # applied to the encoder's output before all else
-    extra_loss: Callable = lambda z_e, codebook: 0.0  # one more term, for quantisers of your own
+    extra_loss: Callable = lambda z_e, codebook: 0.0  # one more term; it moves z_e, not the codes
     learns: bool = True  # whether the codebook does, by its loss or by EMA
     wrong_sizes: Callable = lambda K, D: ""  # a sentence on what is wrong with them, or ""
 

@@ -336,7 +336,8 @@ def test_likelihoods(name, row):
     values = np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1).repeat(3, -1)
     outputs = np.r_[-8, 0.3, 8, np.random.default_rng(0).normal(size=row.outputs - 3) * 0.4]
     whole = np.float32(outputs) * np.ones((256, 1, 1, 1), np.float32)
-    nll = np.float64(loss(whole, values, 1.0)[0][:, 0, 0])  # [256, 3]
+    colours = np.uint8(np.eye(3))  # one alone at a time: a row that mixes them up would show
+    nll = sum(np.float64(loss(whole, values * i, 1.0)[0][:, 0, 0]) * i for i in colours)  # [256, 3]
     for far in (30 * whole, -30 * whole, whole * 0 + 30):
         total = jax.value_and_grad(lambda x: loss(x, values, 0.06)[0].sum())(far)
         assert all(np.isfinite(x).all() for x in total)
@@ -450,6 +451,7 @@ def test_a_step_by_hand(case, monkeypatch):
     bound, extra = lambda z, e: 0.5 * z + e.mean(), lambda z, e: 3 * jnp.mean(z**2) + jnp.mean(e**2)
     mine, (quantizer, codebook) = quantize.Quantizer(bound=bound, extra_loss=extra), case.split()
     monkeypatch.setitem(quantize.QUANTIZERS, "mine", mine)
+    assert train.wrong_together(tiny(quantizer="mine", init="pca", hidden=96))[-1][1]  # its bound
     net = {"net": "deepmind", "blocks": 2} if codebook == "gradient" else {}
     _, state, after, metrics, _ = stepped(quantizer=quantizer, codebook=codebook, **net)
     learns, old, sg = quantizer == "mine", state.model.codebook[...], jax.lax.stop_gradient
@@ -497,20 +499,20 @@ def test_learning_rate_and_clip():
 
 
 @slow
-def test_many_steps_in_one_launch_are_the_same_steps(monkeypatch):
-    """The scan of a GPU and the unrolled steps of a CPU against one step at a time."""
-    config, expected, _, _, step = stepped(flip=True)
-    images, index, losses = pictures(20), data.order(0, 20, 8, 0, 3), []
-    states = [jax.tree.map(jnp.copy, expected) for _ in range(2)]  # a launch donates its own
+def test_many_steps_in_one_launch_are_the_same_steps():
+    """Launches of one step, as on a CPU, and one of three, as on a GPU, against the steps alone."""
+    config, start, _, _, step = stepped(flip=True)
+    images, index, losses, expected = pictures(20), data.order(0, 20, 8, 0, 3), [], start
     for i in index:
         expected, metrics = step(expected, images[i])
         losses.append(metrics["loss"])
-    for backend, state in zip(["cpu", "gpu"], states, strict=True):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        leaves, tree = jax.tree.flatten(state)
-        launch = train.make_launch(train.make_train_step(config, 0.06), tree)
-        leaves, metrics = launch(leaves, jnp.array(images), jnp.array(index))
-        close(metrics["loss"], losses, rtol=1e-4)
+    for count in (1, 3):
+        leaves, tree = jax.tree.flatten(jax.tree.map(jnp.copy, start))  # a launch donates its own
+        launch, found = train.make_launch(train.make_train_step(config, 0.06), tree), []
+        for part in jnp.array(index).reshape(-1, count, 8):
+            leaves, metrics = launch(leaves, jnp.array(images), part)
+            found.extend(metrics["loss"])
+        close(found, losses, rtol=1e-4)
         for found, wanted in zip(leaves, jax.tree.leaves(expected), strict=True):
             close(found, wanted, atol=1e-4)
 
@@ -608,13 +610,11 @@ def test_samples_follow_the_model():
     """All 3^6 fields are listed: they sum to one, and samples have their frequencies."""
     prior, codebook = small_prior(3, (1, 3, 2), seed=3, layers=1)
     every = jnp.array(list(itertools.product(range(3), repeat=6))).reshape(-1, 1, 3, 2)
-    nll = np.float64(model.softmax_nll(prior_logits(prior, every, codebook), every).sum((1, 2, 3)))
-    p = np.exp(-nll)
+    p = np.exp(-np.float64(jax.jit(model.Prior.nll)(prior, every, codebook).sum((1, 2, 3))))
     close(p.sum(), 1, atol=1e-5)
     codes = model.sample_codes(prior, codebook, jax.random.key(1), (4000, 1, 3, 2))
     assert codes.dtype == jnp.int32 and codes.shape == (4000, 1, 3, 2)
-    index = np.asarray(codes).reshape(-1, 6) @ 3 ** np.arange(5, -1, -1)
-    drawn = np.bincount(index, minlength=729) / 4000
+    drawn = np.bincount(codes.reshape(-1, 6) @ 3 ** np.arange(5, -1, -1), minlength=729) / 4000
     expected = 0.5 * np.sum(np.sqrt(p * (1 - p) / 4000) * (2 / np.pi) ** 0.5)  # of the distance
     assert 0.5 * np.abs(drawn - p).sum() < 1.2 * expected
 

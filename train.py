@@ -149,7 +149,7 @@ def decay_factor(config, step):
 
 
 def train(config, train_step, begin, examples, out):
-    """The trained model and its log: from the checkpoint in the folder `out` if there is one.
+    """Train to the last step -> model, log; from the checkpoint in folder `out` if there is one.
 
     begin(first examples) makes the TrainState before step 1; begin() one of equal shapes, to read a
     checkpoint into. A step gets `batch` of examples [n, ...]. A signal to stop saves and ends the
@@ -201,13 +201,13 @@ def make_launch(train_step, tree):
     """Many steps in one launch: leaves, examples [n, ...], index [count, batch] -> leaves, metrics.
 
     The leaves are those of a TrainState of structure `tree`; each metric is [count]. The examples
-    live on the device, so a launch needs only indices, and gathers all its batches at once. A GPU
-    scans. On a CPU (one step a launch) `unroll` is 0, no loop at all (True would keep one around
-    the step): in a loop XLA's convolutions are many times slower.
+    live on the device, so a launch needs only indices, and gathers all its batches at once. Many
+    steps are a scan. One alone, as on a CPU, is no loop (`unroll` 0; 1 or True would keep one), in
+    which XLA's convolutions are many times slower there.
     """
 
     def launch(leaves, examples, index):
-        state, unroll = jax.tree.unflatten(tree, leaves), 0 if jax.default_backend() == "cpu" else 1
+        state, unroll = jax.tree.unflatten(tree, leaves), int(len(index) > 1)
         state, metrics = jax.lax.scan(train_step, state, examples[index], unroll=unroll)
         return jax.tree.leaves(state), metrics
 
@@ -491,7 +491,7 @@ class Config(Run):
     out: str = flag("", "folder of the run, else runs/PRESET-1, -2, ...")
     dataset: str = flag("cifar10", "images to train on", choices=[*data.DATASETS])
     size: int = flag(32, "height and width of an image, a multiple of 4", 4, 1024)
-    val: bool = flag(False, "hold out a tenth of training, to measure on (as --init RUN must)")
+    val: bool = flag(False, "hold out a tenth of training to measure on (so must an --init RUN)")
     flip: bool = flag(False, "mirror half of the training images")
     net: str = flag("paper", "section 4.1's networks or DeepMind's example's", choices=[*NETS])
     hidden: int = flag(256, "channels of the networks", 2, 8192)
@@ -502,7 +502,7 @@ class Config(Run):
     D: int = flag(64, "numbers in a code", 1, 4096)
     shared: bool = flag(False, "one codebook for all slots instead of one each")
     likelihood: str = flag("categorical", "p(x | z_q)", choices=[*LIKELIHOODS])
-    init: str = flag("random", "random; data: codes of z_e; pca: patches; RUN: its weights")
+    init: str = flag("random", "random; data: codes drawn from z_e; pca: patches; RUN: its weights")
     quantizer: str = flag("vq", "how z_e becomes codes", choices=[*quantize.QUANTIZERS])
     gradient: str = flag("straight-through", "from z_q to z_e", choices=[*quantize.GRADIENTS])
     codebook: str = flag("gradient", "learns by its loss or EMA", choices=["gradient", "ema"])
@@ -549,8 +549,10 @@ def wrong_together(c):
         return [("--width must be a multiple of --heads", c.width % c.heads)]
     quantizer, ema = quantize.QUANTIZERS[c.quantizer], c.codebook == "ema"
     has_start = NETS[c.net][2] and LIKELIHOODS[c.likelihood].start and c.hidden >= MIN_HIDDEN
+    if quantizer.learns and quantizer.bound is not quantize.QUANTIZERS["vq"].bound:
+        has_start = False  # its codebook would be made for a z_e that the stock codebook bounds
     needs_ema = "--restart and --gamma need --codebook ema: else give --restart 0 and no --gamma"
-    needs = f"--init pca needs --hidden {MIN_HIDDEN} or more, a net and a likelihood that it fits"
+    needs = f"--init pca needs --hidden {MIN_HIDDEN} or more; a net, likelihood and bound that fit"
     return [
         (quantizer.wrong_sizes(c.K, c.D), quantizer.wrong_sizes(c.K, c.D)),
         ("--size must be a multiple of 4", c.size % 4),
@@ -637,7 +639,7 @@ def survive(write, *inputs):
     try:
         write(*inputs)
     except Exception as error:  # noqa: BLE001 (matplotlib has its own)
-        say(f"{write.__name__} failed ({error!r}); the rest goes on")
+        say(f"{getattr(write, '__name__', write)} failed ({error!r}); the rest goes on")
 
 
 # Pictures
@@ -752,9 +754,9 @@ def parse(argv):
     return verb, flags.pop("run", None), flags
 
 
-def main(argv=None):
+def main(argv):
     """The whole program; ends with one sentence where it cannot go on."""
-    verb, run, flags = parse(sys.argv[1:] if argv is None else argv)
+    verb, run, flags = parse(argv)
     try:
         device = hardware()
     except (RuntimeError, AssertionError):
@@ -832,4 +834,4 @@ if __name__ == "__main__":
     pin()
     # Ctrl-C outside of training ends at once: Python would wait for XLA. The code shows the cursor.
     signal.signal(signal.SIGINT, lambda *_: say("\n\033[?25hstopped; see resume") or os._exit(1))
-    main()
+    main(sys.argv[1:])
