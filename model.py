@@ -32,10 +32,10 @@ import quantize
 class Residual(nnx.Module):
     """x + (ReLU, 3x3 convolution, ReLU, 1x1 convolution): [B, h, w, hidden] -> the same."""
 
-    def __init__(self, config, dtype, rngs):
+    def __init__(self, hidden, residual, dtype, rngs):
         conv = functools.partial(nnx.Conv, dtype=dtype, rngs=rngs)
-        self.conv = conv(config.hidden, config.residual, (3, 3))
-        self.back = conv(config.residual, config.hidden, (1, 1))
+        self.conv = conv(hidden, residual, (3, 3))
+        self.back = conv(residual, hidden, (1, 1))
 
     def __call__(self, x):
         return x + self.back(nnx.relu(self.conv(nnx.relu(x))))
@@ -50,11 +50,11 @@ class Encoder(nnx.Module):
 
     def __init__(self, config, features, dtype, rngs):
         conv = functools.partial(nnx.Conv, dtype=dtype, rngs=rngs)
-        hidden, deepmind = config.hidden, config.net == "deepmind"
+        hidden, deepmind = config.encoder_hidden or config.hidden, config.net == "deepmind"
         outer = hidden // 2 if deepmind else hidden
         self.down = Down(3, outer, (4, 4), 2, dtype=dtype, rngs=rngs)
         self.down_again = Down(outer, hidden, (4, 4), 2, dtype=dtype, rngs=rngs)
-        blocks = [Residual(config, dtype, rngs) for _ in range(config.blocks)]
+        blocks = [Residual(hidden, config.residual, dtype, rngs) for _ in range(config.blocks)]
         if deepmind:
             blocks = [nnx.Sequential(nnx.relu, conv(hidden, hidden, (3, 3))), *blocks]
         self.blocks = nnx.List(blocks)
@@ -75,7 +75,8 @@ class Decoder(nnx.Module):
         hidden, deepmind = config.hidden, config.net == "deepmind"
         outer, window = (hidden // 2, (3, 3)) if deepmind else (hidden, (1, 1))
         self.from_z = nnx.Conv(features, hidden, window, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([Residual(config, dtype, rngs) for _ in range(config.blocks)])
+        blocks = [Residual(hidden, config.residual, dtype, rngs) for _ in range(config.blocks)]
+        self.blocks = nnx.List(blocks)
         self.up = Up(hidden, outer, (4, 4), 2, dtype=dtype, rngs=rngs)
         # float32: with `--init pca` logits begin in the hundreds, which bfloat16 rounds by one.
         self.up_again = Up(outer, outputs, (4, 4), 2, dtype=jnp.float32, rngs=rngs)

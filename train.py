@@ -473,7 +473,8 @@ FAST = {
 }  # fmt: skip
 PRESETS = {
     "fast": FAST,
-    "full": {**FAST, "hidden": 256, "residual": 64, "beta": 80.0, "lr": 3e-4, "steps": 170_000},
+    "full": {**FAST, "hidden": 256, "encoder_hidden": 128, "residual": 64, "beta": 80.0,
+        "lr": 3e-4, "steps": 150_000},
     "paper": {},
     "notebook": {
         "net": "deepmind", "slots": 1, "hidden": 128, "residual": 32, "likelihood": "gaussian",
@@ -495,6 +496,7 @@ class Config(Run):
     flip: bool = flag(False, "mirror half of the training images")
     net: str = flag("paper", "section 4.1's networks or DeepMind's example's", choices=[*NETS])
     hidden: int = flag(256, "channels of the networks", 2, 8192)
+    encoder_hidden: int = flag(0, "channels of the encoder, where not --hidden", 0, 8192)
     residual: int = flag(256, "channels inside a residual block", 1, 8192)
     blocks: int = flag(2, "residual blocks on each side", 0, 100)
     slots: int = flag(10, "N, latents at each position of the field", 1, 1024)
@@ -548,7 +550,8 @@ def wrong_together(c):
     if isinstance(c, PriorConfig):
         return [("--width must be a multiple of --heads", c.width % c.heads)]
     quantizer, ema = quantize.QUANTIZERS[c.quantizer], c.codebook == "ema"
-    has_start = NETS[c.net][2] and LIKELIHOODS[c.likelihood].start and c.hidden >= MIN_HIDDEN
+    narrowest = min(c.hidden, c.encoder_hidden or c.hidden)
+    has_start = NETS[c.net][2] and LIKELIHOODS[c.likelihood].start and narrowest >= MIN_HIDDEN
     if quantizer.learns and quantizer.bound is not quantize.QUANTIZERS["vq"].bound:
         has_start = False  # its codebook would be made for a z_e that the stock codebook bounds
     needs_ema = "--restart and --gamma need --codebook ema: else give --restart 0 and no --gamma"
