@@ -887,7 +887,7 @@ WRONG = [  # RUN: a finished run with a prior; BARE: without; OPEN: not finished
     ("--dataset cifar10 --size 64", "cifar10 is 32x32"),
     ("--batch 100000", "2952 images"),
     ("--quantizer fsq --K 512 --D 4", "--K 512 give --D 1 or 3 or 9"),
-    ("--init pca", "--hidden 96"),
+    ("--init pca --hidden 96 --encoder_hidden 8", "--hidden 96"),
     ("--init RUN --slots 1", "of other settings"),
     ("--init OPEN", "OPEN/params.msgpack is missing"),
     ("--gamma 0.9", "--codebook ema"),

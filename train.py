@@ -13,9 +13,8 @@ The loss is eq. 3 of the paper (quantize.py has its terms):
 
 its first term a mean over an image's colour values (in nats), the others over the elements of z_e.
 With `--codebook ema` (`fast`, `full`, `notebook`) running averages stand in for the second term.
-What `fast`, `notebook` and shorter runs of `full` cost and gave is in README.md. The way to the
-gradient is main, run_vqvae, train (a CPU launches one step at a time, a GPU up to 100), train_step,
-loss_fn.
+What `fast`, `full` and `notebook` cost and gave is in README.md. The way to the gradient is main,
+run_vqvae, train (a CPU launches one step at a time, a GPU up to 100), train_step, loss_fn.
 """
 
 import argparse
@@ -525,7 +524,7 @@ class PriorConfig(Run):
 
 
 # What a run of each gave on the test set, for its first lines; README.md has the rows.
-GAVE = {"fast": "4.826 bits/dim", "full": "4.661 (138,000 steps, beta 40)", "notebook": "nmse .056"}
+GAVE = {"fast": "4.826 bits/dim", "full": "4.609 bits/dim", "notebook": "nmse .056"}
 # Data set, metric, slots -> published: the paper's (10 slots), DeepMind's notebook's (1 slot).
 PUBLISHED = {("cifar10", "bits_per_dim", 10): 4.67, ("cifar10", "nmse", 1): 0.056}
 
@@ -555,13 +554,15 @@ def wrong_together(c):
     if quantizer.learns and quantizer.bound is not quantize.QUANTIZERS["vq"].bound:
         has_start = False  # its codebook would be made for a z_e that the stock codebook bounds
     needs_ema = "--restart and --gamma need --codebook ema: else give --restart 0 and no --gamma"
-    needs = f"--init pca needs --hidden {MIN_HIDDEN} or more; a net, likelihood and bound that fit"
+    needs = f"--init pca needs --hidden {MIN_HIDDEN} or more (--encoder_hidden, too), and a net,"
+    needs += " likelihood and bound that fit: else give --init random"
     return [
         (quantizer.wrong_sizes(c.K, c.D), quantizer.wrong_sizes(c.K, c.D)),
         ("--size must be a multiple of 4", c.size % 4),
         ("--init data needs a codebook that learns", c.init == "data" and not quantizer.learns),
         (needs_ema, not ema and (c.restart or c.gamma != Config.gamma)),
-        (f"{needs}: else give --init random", c.init == "pca" and not has_start),
+        ("--encoder_hidden must be 0 (as many as --hidden) or 2 or more", c.encoder_hidden == 1),
+        (needs, c.init == "pca" and not has_start),
     ]
 
 
