@@ -199,7 +199,7 @@ def kmeans(key, z_e, S, K, rounds=3):
     """
 
     def one_round(i, codebook):
-        codes = lookup_here(z_e, codebook)
+        codes = lookup_on_cpu(z_e, codebook)  # in pieces: at once a GPU would need 5 GB
         ema, codebook = ema_update(ema_init(codebook), codebook, z_e, codes, 0.0)
         return restart(jax.random.fold_in(key, i), ema, codebook, z_e, 1e-6)[1]
 

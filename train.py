@@ -509,7 +509,7 @@ class Config(Run):
     gradient: str = flag("straight-through", "from z_q to z_e", choices=[*quantize.GRADIENTS])
     codebook: str = flag("gradient", "learns by its loss or EMA", choices=["gradient", "ema"])
     gamma: float = flag(0.99, "EMA: weight of the past", 0, 1 - 1e-9)
-    restart: float = flag(0.0, "EMA: codes used less than this part of the mean move", 0, 1)
+    restart: float = flag(0.0, "EMA: codes used below min(.5, this part of the mean) move", 0, 1)
     beta: float = flag(0.25, "weight of the commitment loss")
 
 
@@ -537,7 +537,7 @@ def check(config):
         low, high = f.metadata["range"]
         wanted = f"one of {', '.join(choices)}" if choices else f"{low:g} to {high:g}"
         fits = value in choices if choices else f.type is str or low <= value <= high  # not nan
-        if type(value) is not f.type or not fits:
+        if type(value) not in (f.type, int) or not fits:  # 1 is a float, too
             raise SystemExit(f"--{f.name} {value} makes no sense: it must be {wanted}")
     for text, is_wrong in wrong_together(config):
         if is_wrong:
