@@ -287,7 +287,7 @@ def test_strided_layers_are_the_stock_layers(mine, stock):
 
 
 def test_parameter_counts_and_no_shared_blocks():
-    """window x inputs x outputs + biases, codebooks, by hand. Guard 9. An int will do for clip."""
+    """Window x inputs x outputs + biases, and codebooks. Guard 9. A whole number does as clip."""
     counts = {"notebook": 662_723, "fast": 1_056_214, "full": 1_865_558, "paper": 8_208_768}
     for (preset, layers), shared in itertools.product(counts.items(), [False, True]):
         config = train.check(train.Config(**{**train.PRESETS[preset], "shared": shared, "clip": 9}))
