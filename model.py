@@ -464,8 +464,10 @@ class Prior(nnx.Module):
         e, features = code_features(codebook, N)
         vectors = quantize.embed(codes, e).astype(self.dtype)  # [B, T, N, D]
         own = self.head_code(jnp.moveaxis(vectors, 2, 0))  # [N, B, T, width]
-        earlier = jnp.tril(jnp.ones((N, N), self.dtype), -1)  # jnp.cumsum is slow on a CPU
-        y = self.head_context(x) + jnp.einsum("nm,m...->n...", earlier, own)  # [N, B, T, width]
+        # Running sums: slot n has the context and the slots before n. jnp.cumsum is slow on a CPU,
+        # and so is the gradient of a context that is added to every slot.
+        terms = jnp.concatenate([self.head_context(x)[None], own[:-1]])  # [N, B, T, width]
+        y = jnp.einsum("nm,m...->n...", jnp.tri(N, dtype=self.dtype), terms)
         y = nnx.gelu(self.head_hidden(nnx.gelu(self.head_norm(y))))
         y = self.head_out(y.astype(jnp.float32))  # [N, B, T, F]
         logits = jnp.einsum("nbtf,nkf->nbtk", y, features) + self.bias[...][:, None, None]
