@@ -409,7 +409,7 @@ def write_kernel(conv, block, bias=0.0):
 # order and the slots of a position one after another: the product of all conditionals is exact.
 # The paper has a PixelCNN. This is a transformer, whose first layer is a PixelCNN's: on a field of
 # 8 x 8 attention sees everything, and a CPU is faster at large matmuls than at convolutions.
-# T = h w positions; F features of a code; `config` is a train.PriorConfig.
+# M = B h w positions; F features of a code; `config` is a train.PriorConfig.
 
 
 class Prior(nnx.Module):
@@ -441,37 +441,37 @@ class Prior(nnx.Module):
     def __call__(self, codes, codebook):
         """codes [B, h, w, N], codebook [S, K, D] -> logits [B, h, w, N, K], float32."""
         x = self.context(codes, codebook)
-        logits = self.head(x, codes.reshape(*x.shape[:2], -1), codebook)  # [B, T, N, K]
-        return logits.reshape(*codes.shape, -1)
+        flat = x.reshape(-1, x.shape[-1]), codes.reshape(-1, codes.shape[-1])
+        return self.head(*flat, codebook).reshape(*codes.shape, -1)
 
     def nll(self, codes, codebook):
         """-log p of each code, in nats: codes [B, h, w, N], codebook [S, K, D] -> [B, h, w, N]."""
         return softmax_nll(self(codes, codebook), codes)
 
     def context(self, codes, codebook):
-        """What each position knows of all before it: codes [B, h, w, N] -> [B, T, width]."""
+        """What each position knows of all before it: codes [B, h, w, N] -> [B, h, w, width]."""
         B, h, w, N = codes.shape
         vectors = quantize.embed(codes, code_features(codebook, N)[0])  # [B, h, w, N, D]
         x = neighbours(vectors.reshape(B, h, w, -1).astype(self.dtype))  # [B, h, w, 4 N D]
         x = self.neighbours(x) + (self.row + self.column).astype(self.dtype)
         for block in self.blocks:
             x = block(x)  # [B, h, w, width]
-        return self.norm(x).reshape(B, h * w, -1)
+        return self.norm(x)
 
     def head(self, x, codes, codebook):
-        """x [B, T, width], codes [B, T, N] -> logits [B, T, N, K]; slot n sees slots before n."""
+        """x [M, width], codes [M, N] -> logits [M, N, K]; slot n sees slots before n."""
         N = codes.shape[-1]
         e, features = code_features(codebook, N)
-        vectors = quantize.embed(codes, e).astype(self.dtype)  # [B, T, N, D]
-        own = self.head_code(jnp.moveaxis(vectors, 2, 0))  # [N, B, T, width]
+        vectors = quantize.embed(codes, e).astype(self.dtype)  # [M, N, D]
+        own = self.head_code(jnp.moveaxis(vectors, 1, 0))  # [N, M, width]
         # Running sums: slot n has the context and the slots before n. jnp.cumsum is slow on a CPU,
         # and so is the gradient of a context that is added to every slot.
-        terms = jnp.concatenate([self.head_context(x)[None], own[:-1]])  # [N, B, T, width]
-        y = jnp.einsum("nm,m...->n...", jnp.tri(N, dtype=self.dtype), terms)
+        terms = jnp.concatenate([self.head_context(x)[None], own[:-1]])  # [N, M, width]
+        y = jnp.einsum("ns,smc->nmc", jnp.tri(N, dtype=self.dtype), terms)
         y = nnx.gelu(self.head_hidden(nnx.gelu(self.head_norm(y))))
-        y = self.head_out(y.astype(jnp.float32))  # [N, B, T, F]
-        logits = jnp.einsum("nbtf,nkf->nbtk", y, features) + self.bias[...][:, None, None]
-        return jnp.moveaxis(logits, 0, 2)
+        y = self.head_out(y.astype(jnp.float32))  # [N, M, F]
+        logits = jnp.einsum("nmf,nkf->nmk", y, features) + self.bias[...][:, None]
+        return jnp.moveaxis(logits, 0, 1)
 
 
 class Block(nnx.Module):
@@ -538,15 +538,15 @@ def sample_codes(prior, codebook, key, shape, temperature=1.0, track=lambda step
 
     @jax.jit
     def draw(prior, codes, t):  # -> the codes of position t [B, N]
-        x = prior.context(codes, codebook)[:, t, None]  # [B, 1, width]
+        x = prior.context(codes, codebook)[:, t // w, t % w]  # [B, width]
         key_t = jax.random.fold_in(key, t)
 
         def draw_slot(n, here):  # slots after n are still 0, and n does not see them
-            logits = prior.head(x, here, codebook)[:, 0, n]
+            logits = prior.head(x, here, codebook)[:, n]
             drawn = jax.random.categorical(jax.random.fold_in(key_t, n), logits / temperature)
-            return here.at[:, 0, n].set(drawn)
+            return here.at[:, n].set(drawn)
 
-        return jax.lax.fori_loop(0, N, draw_slot, jnp.zeros((len(x), 1, N), jnp.int32))[:, 0]
+        return jax.lax.fori_loop(0, N, draw_slot, jnp.zeros((len(x), N), jnp.int32))
 
     codes = jnp.zeros(shape, jnp.int32)
     for t in track(range(shape[1] * w)):
