@@ -439,14 +439,14 @@ class Prior(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((N, K)))
 
     def __call__(self, codes, codebook):
-        """codes [B, h, w, N], codebook [S, K, D] -> logits [B, h, w, N, K], float32."""
+        """codes [B, h, w, N], codebook [S, K, D] -> logits [N, B h w, K], float32, by slot."""
         x = self.context(codes, codebook)
-        flat = x.reshape(-1, x.shape[-1]), codes.reshape(-1, codes.shape[-1])
-        return self.head(*flat, codebook).reshape(*codes.shape, -1)
+        return self.head(x.reshape(-1, x.shape[-1]), codes.reshape(-1, codes.shape[-1]), codebook)
 
     def nll(self, codes, codebook):
         """-log p of each code, in nats: codes [B, h, w, N], codebook [S, K, D] -> [B, h, w, N]."""
-        return softmax_nll(self(codes, codebook), codes)
+        by_slot = codes.reshape(-1, codes.shape[-1]).T  # [N, M]; to turn all logits would be slow
+        return softmax_nll(self(codes, codebook), by_slot).T.reshape(codes.shape)
 
     def context(self, codes, codebook):
         """What each position knows of all before it: codes [B, h, w, N] -> [B, h, w, width]."""
@@ -459,7 +459,7 @@ class Prior(nnx.Module):
         return self.norm(x)
 
     def head(self, x, codes, codebook):
-        """x [M, width], codes [M, N] -> logits [M, N, K]; slot n sees slots before n."""
+        """x [M, width], codes [M, N] -> logits [N, M, K]; slot n sees slots before n."""
         N = codes.shape[-1]
         e, features = code_features(codebook, N)
         vectors = quantize.embed(codes, e).astype(self.dtype)  # [M, N, D]
@@ -470,8 +470,7 @@ class Prior(nnx.Module):
         y = jnp.einsum("ns,smc->nmc", jnp.tri(N, dtype=self.dtype), terms)
         y = nnx.gelu(self.head_hidden(nnx.gelu(self.head_norm(y))))
         y = self.head_out(y.astype(jnp.float32))  # [N, M, F]
-        logits = jnp.einsum("nmf,nkf->nmk", y, features) + self.bias[...][:, None]
-        return jnp.moveaxis(logits, 0, 1)
+        return jnp.einsum("nmf,nkf->nmk", y, features) + self.bias[...][:, None]
 
 
 class Block(nnx.Module):
@@ -542,7 +541,7 @@ def sample_codes(prior, codebook, key, shape, temperature=1.0, track=lambda step
         key_t = jax.random.fold_in(key, t)
 
         def draw_slot(n, here):  # slots after n are still 0, and n does not see them
-            logits = prior.head(x, here, codebook)[:, n]
+            logits = prior.head(x, here, codebook)[n]
             drawn = jax.random.categorical(jax.random.fold_in(key_t, n), logits / temperature)
             return here.at[:, n].set(drawn)
 
