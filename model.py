@@ -428,11 +428,12 @@ class Prior(nnx.Module):
         self.column = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, w, width)))
         self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.layers)])
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        # The head, with a layer of its own for each slot: [N, ...] -> [N, ...].
+        # The head, with layers of its own for each slot: [N, ...] -> [N, ...].
         each = functools.partial(nnx.LinearGeneral, axis=-1, batch_axis={0: N}, rngs=rngs)
+        hidden = [each(width, width, dtype=dtype) for _ in range(config.head_layers)]
         self.head_context, self.head_code = linear(width, width), each(D, width, dtype=dtype)
         self.head_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.head_hidden = each(width, width, dtype=dtype)
+        self.head_hidden = nnx.List(hidden)
         features = D + len(product_pairs(D)[0])
         # Zeros: before step 1 the logits are `bias` alone, the unigram prior.
         self.head_out = each(width, features, kernel_init=nnx.initializers.zeros)
@@ -450,9 +451,9 @@ class Prior(nnx.Module):
 
     def context(self, codes, codebook):
         """What each position knows of all before it: codes [B, h, w, N] -> [B, h, w, width]."""
-        B, h, w, N = codes.shape
-        vectors = quantize.embed(codes, code_features(codebook, N)[0])  # [B, h, w, N, D]
-        x = neighbours(vectors.reshape(B, h, w, -1).astype(self.dtype))  # [B, h, w, 4 N D]
+        e, _ = code_features(codebook, codes.shape[-1])  # [N, K, D]
+        vectors = quantize.embed(codes, e).reshape(*codes.shape[:3], -1)  # [B, h, w, N D]
+        x = neighbours(vectors.astype(self.dtype))  # [B, h, w, 4 N D]
         x = self.neighbours(x) + (self.row + self.column).astype(self.dtype)
         for block in self.blocks:
             x = block(x)  # [B, h, w, width]
@@ -468,7 +469,8 @@ class Prior(nnx.Module):
         # and so is the gradient of a context that is added to every slot.
         terms = jnp.concatenate([self.head_context(x)[None], own[:-1]])  # [N, M, width]
         y = jnp.einsum("ns,smc->nmc", jnp.tri(N, dtype=self.dtype), terms)
-        y = nnx.gelu(self.head_hidden(nnx.gelu(self.head_norm(y))))
+        for layer in [self.head_norm, *self.head_hidden]:
+            y = nnx.gelu(layer(y))
         y = self.head_out(y.astype(jnp.float32))  # [N, M, F]
         return jnp.einsum("nmf,nkf->nmk", y, features) + self.bias[...][:, None]
 

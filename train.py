@@ -520,6 +520,7 @@ class PriorConfig(Run):
     width: int = flag(256, "channels of the transformer", 2, 8192)
     layers: int = flag(2, "blocks of the transformer", 0, 100)
     heads: int = flag(4, "attention heads", 1, 1024)
+    head_layers: int = flag(1, "layers of the head that each slot has for itself", 0, 100)
     temperature: float = flag(1.0, "of the samples: below 1 likelier and more alike", 1e-12, 100)
     count: int = flag(64, "samples in a grid", 1, 10_000)
 
