@@ -416,7 +416,7 @@ class Prior(nnx.Module):
     """Logits of p(code | all earlier codes), for fields [h, w, N] and codebooks [S, K, D].
 
     `context` is a causal transformer over positions. `head` goes through the slots of a position: a
-    sum over earlier slots and a layer for each slot, as in NADE (Uria et al. 2016, arXiv
+    sum over earlier slots and layers for each slot, as in NADE (Uria et al. 2016, arXiv
     1605.02226), so that one pass gives the logits of all N.
     """
 
@@ -429,14 +429,13 @@ class Prior(nnx.Module):
         self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.layers)])
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         # The head, with layers of its own for each slot: [N, ...] -> [N, ...].
-        each = functools.partial(nnx.LinearGeneral, axis=-1, batch_axis={0: N}, rngs=rngs)
-        hidden = [each(width, width, dtype=dtype) for _ in range(config.head_layers)]
-        self.head_context, self.head_code = linear(width, width), each(D, width, dtype=dtype)
+        own = functools.partial(nnx.LinearGeneral, axis=-1, batch_axis={0: N}, rngs=rngs)
+        self.head_context, self.head_code = linear(width, width), own(D, width, dtype=dtype)
         self.head_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        hidden = [own(width, width, dtype=dtype) for _ in range(config.head_layers)]
         self.head_hidden = nnx.List(hidden)
-        features = D + len(product_pairs(D)[0])
         # Zeros: before step 1 the logits are `bias` alone, the unigram prior.
-        self.head_out = each(width, features, kernel_init=nnx.initializers.zeros)
+        self.head_out = own(width, D + len(product_pairs(D)[0]), kernel_init=nnx.initializers.zeros)
         self.bias = nnx.Param(jnp.zeros((N, K)))
 
     def __call__(self, codes, codebook):

@@ -574,7 +574,7 @@ def test_order_of_the_images():
 
 def small_prior(K, shape, seed=0, layers=2, dtype=jnp.float32, S=None, D=3):
     """A prior with random parameters (its head starts at zero), and a codebook [S, K, D]."""
-    config = dataclasses.replace(train.PriorConfig(), width=16, layers=layers, heads=2)
+    config = train.PriorConfig(width=16, layers=layers, head_layers=2, heads=2)
     prior = filled(lambda: model.Prior(config, shape, K, D, dtype, nnx.Rngs(0)), 0.3, seed)
     return prior, jax.random.normal(jax.random.key(seed), (S or shape[-1], K, D))
 
